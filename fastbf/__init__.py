@@ -1,0 +1,20 @@
+"""fastbf: BatchFormer at speed. See README.md; importing this needs no GPU and does not import triton."""
+
+from fastbf import functional
+from fastbf.backend import explain
+from fastbf.graphs import make_graphed
+from fastbf.modules import BatchFormer, BatchFormerLayer, SharedClassifier
+from fastbf.surgery import convert, strip
+from fastbf.version import __version__
+
+__all__ = [
+    "BatchFormer",
+    "BatchFormerLayer",
+    "SharedClassifier",
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "make_graphed",
+    "strip",
+]

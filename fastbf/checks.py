@@ -1,0 +1,123 @@
+"""Argument checks: each raises an error that names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def floating(name: str, x: object) -> Tensor:
+    if not tensor(name, x).is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+    return x
+
+
+def min_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
+    if x.dim() < rank:
+        raise ValueError(f"{name} must be {layout} with at least {rank} dimensions, got shape {tuple(x.shape)}")
+
+
+def shape(name: str, x: Tensor | None, expected: tuple[int, ...]) -> None:
+    if x is not None and tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    for other, y in others.items():
+        if y is not None and y.device != x.device:
+            raise ValueError(f"{other} must be on the device of {name}, {x.device}, got {y.device}")
+
+
+def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    for other, y in others.items():
+        if y is not None and y.dtype != x.dtype:
+            raise TypeError(f"{other} must have the dtype of {name}, {x.dtype}, got {y.dtype}")
+
+
+def probability(name: str, p: float) -> float:
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {p}")
+    return float(p)
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def heads(width_name: str, width: int, heads_name: str, num_heads: int) -> None:
+    positive(width_name, width)
+    positive(heads_name, num_heads)
+    if width % num_heads:
+        raise ValueError(f"{heads_name} must divide {width_name}, got {num_heads} for {width_name}={width}")
+
+
+def seed(value: int | Tensor | None, device: torch.device) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, got {value}")
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"seed must be an int, an int64 tensor of one element or None, got {type(value).__name__}")
+    if value.dtype != torch.int64 or value.numel() != 1:
+        raise TypeError(f"seed must be an int64 tensor of one element, got {value.dtype} of shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"seed must be on the device of the input, {device}, got {value.device}")
+
+
+def target(target: object, rows: tuple[int, ...], num_classes: int, device: torch.device, ignore_index: int) -> bool:
+    """Checks a target for logits of shape (*rows, num_classes); returns whether the rows are a fork of it.
+
+    Class indices are integers of the rows' shape, probabilities floats with the classes last. Rows may be twice as
+    many as targets along the first dimension. Index ranges are checked on CPU only: elsewhere that would wait for
+    the device.
+    """
+    tensor("target", target)
+    if target.device != device:
+        raise ValueError(f"target must be on the device of the input, {device}, got {target.device}")
+    tail = (num_classes,) if target.is_floating_point() else ()
+    forked = (rows[0] // 2, *rows[1:], *tail)
+    if target.is_floating_point():
+        if target.dim() != len(rows) + 1:
+            raise TypeError(
+                f"target must hold class indices as int64, or probabilities of shape {(*rows, num_classes)}; got "
+                f"{target.dtype} of shape {tuple(target.shape)}"
+            )
+        if target.shape[-1] != num_classes:
+            raise ValueError(
+                f"target must give a probability for each of the {num_classes} classes, got {target.shape[-1]}"
+            )
+    elif target.dtype != torch.int64:
+        raise TypeError(f"target must hold class indices as int64, or probabilities as floats; got {target.dtype}")
+    if tuple(target.shape) != (*rows, *tail) and (rows[0] % 2 or tuple(target.shape) != forked):
+        raise ValueError(
+            f"target must have shape {(*rows, *tail)}" + ("" if rows[0] % 2 else f", or {forked} for a fork,") +
+            f" for an input of {rows[0]} rows; got {tuple(target.shape)}"
+        )  # fmt: skip
+    if not target.is_floating_point() and device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+        if bad.numel():
+            raise ValueError(
+                f"target must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, "
+                f"got {bad.flatten()[0].item()}"
+            )
+    return target.shape[0] != rows[0]

@@ -1,0 +1,396 @@
+"""The public functions: argument checks, choice of backend, dispatch.
+
+N is the batch length, the sequence that attention runs over; H heads of D channels; C = H · D; F the feed-forward
+width; K classes; "…" any number of position dimensions, none for plain features. All tensors of a call live on
+one device. ``backend`` is "auto", "triton" or "torch" (:func:`fastbf.explain` tells which one serves a call, and
+why); an explicit "triton" that no kernel covers raises ValueError.
+
+Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense features: BatchFormerV2
+(arXiv 2204.01254).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbf import checks, chunked, reference
+from fastbf.backend import choose
+from fastbf.dropout import Dropout, Site, draw_seed
+
+ACTIVATIONS = ("relu", "gelu")
+
+
+class LossStats(NamedTuple):
+    """What a forked loss tells of its two streams; detached, on the device of the loss.
+
+    Shape (2,) each, the plain stream first, if the input was a fork, else (1,).
+    """
+
+    loss: Tensor  #: mean loss of the stream's rows, weighted as reduction="mean" weighs them; NaN if all are ignored
+    accuracy: Tensor  #: share of the rows that count whose largest logit is the target's class
+
+
+def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tensor | None:
+    checks.seed(seed, device)
+    if p == 0:
+        return None
+    if seed is None:
+        return draw_seed(device)
+    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _autocast(x: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts what a GEMM reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
+    """The torch backend's attention, by what is quickest: SDPA without dropout, else chunks."""
+    if q.numel() == 0 or k.numel() == 0:
+        return reference.attention(q, k, v, scale=scale)
+    if p == 0:
+        batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
+        o = F.scaled_dot_product_attention(*batch, scale=scale)
+        return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
+    if torch.compiler.is_compiling():
+        # The compiler fuses the plain formula better than it sees through an autograd Function.
+        mask = chunked.attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
+        return reference.attention(q, k, v, scale=scale, mask=mask)
+    return chunked.attention(q, k, v, scale=scale, p=p, seed=seed)
+
+
+def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor) -> Tensor | None:
+    return None if p == 0 or x.numel() == 0 else chunked.elementwise_mask(Dropout(p, seed, x.dtype), site, x)
+
+
+def batch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of samples to samples: drop(softmax(scale · q kᵀ)) v along the first dimension.
+
+    Every position and head is a problem of its own.
+
+    Args:
+        q: (N, …, H, D), floating point, any strides with a contiguous last dimension.
+        k: (M, …, H, D), M may differ from N (a batch gathered from other processes).
+        v: as k.
+        dropout_p: probability in [0, 1] of dropping an attention weight; kept ones are scaled up.
+        scale: of the scores; None is 1/√D.
+        seed: an int, or an int64 tensor of one element on q's device, that fixes which weights are dropped; None
+            draws one from the default generator.
+        backend: see the module's docstring.
+
+    Returns:
+        (N, …, H, D), q's dtype (autocast's dtype under ``torch.autocast``).
+
+    Raises:
+        TypeError: not tensors, not floating point, unequal dtypes, a seed of another type.
+        ValueError: shapes or devices that do not fit, dropout_p outside [0, 1], no kernel for "triton".
+
+    Source: paper section 3.2; DESIGN section 1, second line.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.floating(name, x)
+        checks.min_rank(name, x, 3, "(N, …, H, D)")
+    checks.same_device("q", q, {"k": k, "v": v})
+    checks.same_dtype("q", q, {"k": k, "v": v})
+    checks.shape("k", k, (k.shape[0], *q.shape[1:]))
+    checks.shape("v", v, tuple(k.shape))
+    p = checks.probability("dropout_p", dropout_p)
+    choose(backend, "batch_attention", q, k, v)
+    q, k, v = _autocast(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(q, k, v, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float,
+    eps: float,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm(residual + drop(x)) over the last dimension.
+
+    Args:
+        x: (N, …, C), floating point.
+        residual: (N, …, C).
+        weight: (C,).
+        bias: (C,) or None.
+        dropout_p: probability in [0, 1].
+        eps: added to the variance.
+        seed: as in :func:`batch_attention`.
+        backend: see the module's docstring.
+
+    Returns:
+        (N, …, C), in the dtype that ``F.layer_norm`` gives.
+
+    Raises:
+        TypeError, ValueError: as :func:`batch_attention`.
+
+    Source: DESIGN section 1, s1 to z and s2 to y.
+    """
+    checks.floating("x", x)
+    checks.min_rank("x", x, 2, "(N, …, C)")
+    checks.shape("residual", checks.floating("residual", residual), tuple(x.shape))
+    checks.shape("weight", checks.floating("weight", weight), (x.shape[-1],))
+    checks.shape("bias", bias, (x.shape[-1],))
+    checks.same_device("x", x, {"residual": residual, "weight": weight, "bias": bias})
+    p = checks.probability("dropout_p", dropout_p)
+    choose(backend, "dropout_add_layer_norm", x)
+    mask = _mask(p, _as_seed(seed, p, x.device), Site.ATTENTION_OUTPUT, x)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
+
+
+def activation_dropout(
+    x: Tensor,
+    activation: str,
+    *,
+    dropout_p: float,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """drop(act(x)).
+
+    Args:
+        x: (N, …, F), floating point.
+        activation: "relu" or "gelu" (exact, by erf).
+        dropout_p: probability in [0, 1].
+        seed: as in :func:`batch_attention`.
+        backend: see the module's docstring.
+
+    Returns:
+        (N, …, F), x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation.
+
+    Source: DESIGN section 1, u.
+    """
+    checks.floating("x", x)
+    checks.min_rank("x", x, 2, "(N, …, F)")
+    checks.choice("activation", activation, ACTIVATIONS)
+    p = checks.probability("dropout_p", dropout_p)
+    choose(backend, "activation_dropout", x)
+    mask = _mask(p, _as_seed(seed, p, x.device), Site.ACTIVATION, x)
+    return reference.activation_dropout(x, activation, mask=mask)
+
+
+def encoder_layer(
+    x: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    linear1_weight: Tensor,
+    linear1_bias: Tensor | None,
+    linear2_weight: Tensor,
+    linear2_bias: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    *,
+    num_heads: int,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    norm_first: bool = False,
+    eps: float = 1e-5,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A transformer encoder layer along the first dimension, from its tensors.
+
+    Args:
+        x: (N, …, C), floating point; attention runs over N, each position by itself.
+        in_proj_weight: (3C, C), and its bias (3C,) or None: q, k and v, stacked.
+        out_proj_weight: (C, C), bias (C,) or None.
+        linear1_weight: (F, C), bias (F,) or None.
+        linear2_weight: (C, F), bias (C,) or None.
+        norm1_weight: (C,), bias (C,) or None; norm2 likewise.
+        num_heads: H, divides C.
+        activation: "relu" or "gelu" (exact, by erf).
+        dropout_p: probability in [0, 1], at all four sites.
+        norm_first: normalise before attention and feed-forward instead of after the residual sums.
+        eps: of both norms.
+        seed: one for the layer's four dropouts, as in :func:`batch_attention`.
+        backend: see the module's docstring.
+
+    Returns:
+        (N, …, C).
+
+    Raises:
+        TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count.
+
+    Source: paper section 3.2; DESIGN section 1.
+    """
+    weights = reference.LayerWeights(
+        in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
+        linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+    )  # fmt: skip
+    checks.floating("x", x)
+    checks.min_rank("x", x, 2, "(N, …, C)")
+    channels = x.shape[-1]
+    checks.heads("the width of x", channels, "num_heads", num_heads)
+    checks.min_rank("linear1_weight", checks.tensor("linear1_weight", linear1_weight), 2, "(F, C)")
+    width = linear1_weight.shape[0]
+    shapes = (3 * channels, channels, width, channels, channels, channels)
+    for i, rows in enumerate(shapes):
+        name, (w, b) = reference.LayerWeights._fields[2 * i], weights[2 * i : 2 * i + 2]
+        columns = () if name.startswith("norm") else (width if name == "linear2_weight" else channels,)
+        checks.shape(name, checks.floating(name, w), (rows, *columns))
+        checks.shape(reference.LayerWeights._fields[2 * i + 1], b, (rows,))
+    checks.same_device("x", x, weights._asdict())
+    checks.choice("activation", activation, ACTIVATIONS)
+    p = checks.probability("dropout_p", dropout_p)
+    choose(backend, "encoder_layer", x)
+    seed = _as_seed(seed, p, x.device)
+    hidden = x.new_empty((), dtype=_linear_dtype(x)).expand(*x.shape[:-1], width)
+    output = hidden[..., :1].expand(x.shape)
+    return reference.encoder_layer(
+        x,
+        weights,
+        num_heads=num_heads,
+        activation=activation,
+        norm_first=norm_first,
+        eps=eps,
+        masks=reference.LayerMasks(
+            attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
+            activation=_mask(p, seed, Site.ACTIVATION, hidden),
+            feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
+        ),
+        attention=partial(_layer_attention, p=p, seed=seed),
+    )
+
+
+def _layer_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: None, p: float, seed: Tensor) -> Tensor:
+    return _attend(q, k, v, scale=scale, p=p, seed=seed)
+
+
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    """What ``F.linear`` returns for x, under autocast or not."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy of a linear classifier: logits = scale · (input · linear_weightᵀ + linear_bias) + logit_bias.
+
+    The names are those of ``torch.nn.functional.linear_cross_entropy`` (2.13) and ours: ``logit_bias``, ``scale``,
+    ``stats``. An input with twice as many rows as the target is a fork: its two halves, plain and mixed, share the
+    target, which is not copied.
+
+    The torch backend works in row chunks, keeps the product input · linear_weightᵀ for backward up to 1 GiB and
+    computes it again above. Statistics and sums are taken in fp32 (fp64 for fp64).
+
+    Args:
+        input: (M, …, C), floating point.
+        linear_weight: (K, C); any tensor, and gets its gradient: a classifier's weight, computed class embeddings,
+            the keys of a contrastive loss.
+        target: class indices (N, …) int64, or probabilities (N, …, K) floating point, with N = M or M = 2N.
+        linear_bias: (K,) or None.
+        weight: (K,), a factor for each class, or None.
+        logit_bias: (K,) or None, added to the logits (log class counts in Balanced Softmax; -inf switches a class
+            off). Gets its gradient.
+        scale: multiplies the product (1/τ in a contrastive loss).
+        reduction: "mean" (over the rows that are not ignored, weighted, as ``F.cross_entropy``), "sum" or "none".
+        ignore_index: rows with this class index count nothing.
+        label_smoothing: in [0, 1].
+        stats: also return the loss and the accuracy of each stream, without waiting for the device.
+        backend: see the module's docstring.
+
+    Returns:
+        The loss: a scalar, or (M, …) for "none", in the dtype of eager PyTorch (fp32 under autocast); with ``stats``
+        the pair (loss, :class:`LossStats`). Accuracy is of the logits as defined above, logit_bias included.
+
+    Raises:
+        TypeError: not tensors, not floating point, class indices that are not int64.
+        ValueError: shapes, widths or devices that do not fit, on CPU class indices out of range, no kernel for
+            "triton".
+
+    Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
+    """
+    checks.floating("input", input)
+    checks.min_rank("input", input, 2, "(M, …, C)")
+    checks.min_rank("linear_weight", checks.floating("linear_weight", linear_weight), 2, "(K, C)")
+    num_classes = linear_weight.shape[0]
+    checks.shape("linear_weight", linear_weight, (num_classes, input.shape[-1]))
+    per_class = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    for name, t in per_class.items():
+        if t is not None:
+            checks.shape(name, checks.floating(name, t), (num_classes,))
+    checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.probability("label_smoothing", label_smoothing)
+    forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
+    choose(backend, "linear_cross_entropy", input, linear_weight)
+
+    rows = input.shape[:-1]
+    probabilities = target.is_floating_point()
+    target = target.reshape(-1, num_classes) if probabilities else target.flatten()
+    norm = reference.row_norm(target, weight, ignore_index, torch.promote_types(input.dtype, torch.float32))
+    x, linear_weight, linear_bias = _autocast(input.flatten(0, -2), linear_weight, linear_bias)
+    options = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "logit_bias": logit_bias,
+        "scale": scale,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    needs_plain = target.requires_grad or (weight is not None and weight.requires_grad)
+    if needs_plain or torch.compiler.is_compiling():
+        repeated = torch.cat([target, target]) if forked else target
+        terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
+        loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
+    else:
+        loss, right = chunked.linear_cross_entropy_rows(x, linear_weight, target, **options, count_correct=stats)
+    norm = norm.to(loss.dtype)
+
+    dtype = loss.dtype if torch.is_autocast_enabled(input.device.type) else _eager_dtype(x, logit_bias)
+    total = norm.sum() * (2 if forked else 1)
+    reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
+    result = reduced[reduction]()
+    if not stats:
+        return result.to(dtype)
+    streams = loss.detach().view(2 if forked else 1, -1)
+    counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
+    accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
+    return result.to(dtype), LossStats(streams.sum(-1) / norm.sum().detach(), accuracy)
+
+
+def _eager_dtype(x: Tensor, logit_bias: Tensor | None) -> torch.dtype:
+    return x.dtype if logit_bias is None else torch.promote_types(x.dtype, logit_bias.dtype)

@@ -1,0 +1,190 @@
+"""Every op in plain PyTorch: the fallback where no kernel applies, and what kernels and tests are held against.
+
+Written as the mathematics of BatchFormer (Hou et al., CVPR 2022, section 3; DESIGN section 1). Any dtype and
+device, differentiable any number of times. The batch length N is the first dimension throughout, C the channels,
+H heads of D = C/H channels, L positions (absent for V1).
+
+A *mask* here is the multiplier that dropout applies: 0 where an element is dropped and 1/(1 - p) where it is
+kept, or None for no dropout. Masks are arguments, never drawn here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LayerWeights(NamedTuple):
+    """The tensors of an encoder layer, in the order and with the shapes of ``nn.TransformerEncoderLayer``."""
+
+    in_proj_weight: Tensor  # (3C, C)
+    in_proj_bias: Tensor | None  # (3C,)
+    out_proj_weight: Tensor  # (C, C)
+    out_proj_bias: Tensor | None  # (C,)
+    linear1_weight: Tensor  # (F, C)
+    linear1_bias: Tensor | None  # (F,)
+    linear2_weight: Tensor  # (C, F)
+    linear2_bias: Tensor | None  # (C,)
+    norm1_weight: Tensor  # (C,)
+    norm1_bias: Tensor | None  # (C,)
+    norm2_weight: Tensor  # (C,)
+    norm2_bias: Tensor | None  # (C,)
+
+
+class LayerMasks(NamedTuple):
+    """Dropout multipliers of one layer call; None where nothing is dropped."""
+
+    attention: Tensor | None = None  # (*positions, H, N, M)
+    attention_output: Tensor | None = None  # (N, …, C)
+    activation: Tensor | None = None  # (N, …, F)
+    feedforward_output: Tensor | None = None  # (N, …, C)
+
+
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(N, …, H, D) → (…, H, N, D): the batch becomes the sequence that attention runs over. A view."""
+    return x.movedim(0, -2)
+
+
+def attention_weights(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) over the batch. q (N, …, H, D), k (M, …, H, D) → (…, H, N, M)."""
+    return torch.softmax(heads_first(q * scale) @ heads_first(k).mT, dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D), mask (…, H, N, M) → (N, …, H, D)."""
+    return (_drop(attention_weights(q, k, scale=scale), mask) @ heads_first(v)).movedim(-2, 0)
+
+
+def dropout_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, mask: Tensor | None = None
+) -> Tensor:
+    """LayerNorm(residual + drop(x)) over the last dimension."""
+    return F.layer_norm(residual + _drop(x, mask), (x.shape[-1],), weight, bias, eps)
+
+
+def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None) -> Tensor:
+    """drop(act(x)); ``activation`` is "relu" or "gelu" (exact, by erf)."""
+    return _drop(F.relu(x) if activation == "relu" else F.gelu(x), mask)
+
+
+def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v = x Wqkvᵀ + bqkv from one GEMM: three (N, …, H, D) views of one buffer."""
+    qkv = F.linear(x, weight, bias)
+    return qkv.unflatten(-1, (3, num_heads, x.shape[-1] // num_heads)).unbind(-3)
+
+
+def encoder_layer(
+    x: Tensor,
+    weights: LayerWeights,
+    *,
+    num_heads: int,
+    activation: str,
+    norm_first: bool,
+    eps: float,
+    masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
+    attention: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C).
+
+    ``attention(q, k, v, scale=, mask=)`` computes the attention; the default is the one above.
+    """
+    w = weights
+
+    def self_attention(x: Tensor) -> Tensor:
+        q, k, v = project_qkv(x, w.in_proj_weight, w.in_proj_bias, num_heads)
+        o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
+        return F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
+
+    def feedforward(z: Tensor) -> Tensor:
+        u = F.linear(z, w.linear1_weight, w.linear1_bias)
+        return F.linear(activation_dropout(u, activation, mask=masks.activation), w.linear2_weight, w.linear2_bias)
+
+    channels = (x.shape[-1],)
+    if norm_first:
+        x = x + _drop(
+            self_attention(F.layer_norm(x, channels, w.norm1_weight, w.norm1_bias, eps)), masks.attention_output
+        )
+        z = F.layer_norm(x, channels, w.norm2_weight, w.norm2_bias, eps)
+        return x + _drop(feedforward(z), masks.feedforward_output)
+    z = dropout_add_layer_norm(self_attention(x), x, w.norm1_weight, w.norm1_bias, eps=eps, mask=masks.attention_output)
+    return dropout_add_layer_norm(
+        feedforward(z), z, w.norm2_weight, w.norm2_bias, eps=eps, mask=masks.feedforward_output
+    )
+
+
+class CrossEntropyTerms(NamedTuple):
+    """Per-row pieces of a cross-entropy; the loss is ``loss.sum() / norm.sum()`` under reduction "mean"."""
+
+    loss: Tensor  # (M,) weighted loss of every row, 0 where ignored
+    norm: Tensor  # (M,) what "mean" divides by: the row's class weight, 1 for probabilities, 0 where ignored
+
+
+def cross_entropy_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> CrossEntropyTerms:
+    """Cross-entropy of every row, as ``torch.nn.functional.cross_entropy`` defines it.
+
+    logits (M, K); target (M,) class indices, or (M, K) probabilities; weight (K,).
+    """
+    loss = F.cross_entropy(
+        logits, target, weight, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    return CrossEntropyTerms(loss, row_norm(target, weight, ignore_index, loss.dtype))
+
+
+def row_norm(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What every row adds to the denominator of the mean: its class weight, 0 where ignored; 1 for probabilities."""
+    if target.is_floating_point():
+        return torch.ones(target.shape[0], dtype=dtype, device=target.device)
+    valid = target != ignore_index
+    if weight is None:
+        return valid.to(dtype)
+    return weight.to(dtype)[torch.where(valid, target, 0)] * valid
+
+
+def linear_cross_entropy_terms(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[CrossEntropyTerms, Tensor]:
+    """Cross-entropy of logits = scale · (input · Wᵀ + b) + logit_bias; the terms and the logits (M, K)."""
+    logits = class_logits(F.linear(input, linear_weight, linear_bias), scale, logit_bias)
+    terms = cross_entropy_terms(
+        logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    return terms, logits
+
+
+def class_logits(z: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:
+    """scale · z + logit_bias, without touching z where there is nothing to do."""
+    z = z if scale == 1.0 else z * scale
+    return z if logit_bias is None else z + logit_bias
+
+
+def correct(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Per row: is the largest logit the target's class (or its most probable one), and does the row count?"""
+    prediction = logits.argmax(dim=-1)
+    if target.is_floating_point():
+        return prediction == target.argmax(dim=-1), torch.ones_like(prediction, dtype=torch.bool)
+    valid = target != ignore_index
+    return (prediction == target) & valid, valid

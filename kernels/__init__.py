@@ -1,0 +1,1 @@
+"""Triton kernels of fastbf, one file an op. Imports torch and triton only."""

@@ -1,0 +1,33 @@
+"""Packaging. ``kernels/`` is installed as ``fastbf.kernels``; nothing else goes to the top level."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = {}
+exec((here / "fastbf" / "version.py").read_text(), version)
+
+setup(
+    name="fastbf",
+    version=version["__version__"],
+    description="BatchFormer (CVPR 2022) at speed: batch-axis attention and the shared classifier for PyTorch",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["fastbf", "fastbf.kernels"],
+    package_dir={"fastbf": "fastbf", "fastbf.kernels": "kernels"},
+    package_data={"fastbf": ["py.typed"]},
+    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "demo": ["matplotlib", "scikit-learn", "tqdm"],
+        "bench": ["pytest", "pytest-benchmark"],
+        "test": ["numpy", "pytest", "pytest-benchmark", "ruff", "build", "matplotlib", "scikit-learn", "tqdm"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
