@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import reference
+from fastbf import gemm, reference
 from fastbf.dropout import Dropout, Site
 
 # Bytes of scores, or of logits, worked on at a time. On CPU such a chunk stays in the outer caches (measured: 2 to
@@ -22,6 +22,8 @@ from fastbf.dropout import Dropout, Site
 _CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 _MIN_CLASSIFIER_ROWS = 512
+# Scores of a head from which it is worked on by itself.
+_LONE_GROUP = 1 << 14
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
 
@@ -57,8 +59,11 @@ def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
 
 
 def _tiles(groups: int, rows: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts (groups, rows, columns) into pieces of about ``elements``: several whole groups, or rows of one."""
-    group_step = max(1, elements // (rows * columns))
+    """Cuts (groups, rows, columns) into pieces of up to ``elements``: several whole groups, or rows of one.
+
+    Groups of some size are taken one by one: each is a matrix product large enough to be quickest by itself.
+    """
+    group_step = 1 if rows * columns >= _LONE_GROUP else max(1, elements // (rows * columns))
     row_step = rows if group_step > 1 else min(rows, max(1, elements // columns))
     for g in range(0, groups, group_step):
         for r in range(0, rows, row_step):
@@ -81,7 +86,7 @@ class _Attention(Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         o = _batched(out)
         for tile in _AttentionTiles(q, k, v, seed, scale, p):
-            o[tile.group, tile.row] = torch.bmm(tile.weights().mul_(tile.mask()), tile.v)
+            o[tile.group, tile.row] = gemm.bmm(tile.weights().mul_(tile.mask()), tile.v)
         return out
 
     @staticmethod
@@ -104,14 +109,14 @@ class _Attention(Function):
             g_tile = g[tile.group, tile.row].to(gq.dtype if gq is not None else tile.q.dtype)
             weights, mask = tile.weights(), tile.mask()
             if needs[0] or needs[1]:
-                d_weights = torch.bmm(g_tile, tile.v.mT).mul_(mask)
+                d_weights = gemm.bmm(g_tile, tile.v.mT).mul_(mask)
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 if needs[0]:
-                    gq[tile.group, tile.row].baddbmm_(d_scores, tile.k, beta=0, alpha=ctx.scale)
+                    gq[tile.group, tile.row] = gemm.bmm(d_scores, tile.k).mul_(ctx.scale)
                 if needs[1]:
-                    gk[tile.group].baddbmm_(d_scores.mT, tile.q, alpha=ctx.scale)
+                    gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=ctx.scale)
             if needs[2]:
-                gv[tile.group].baddbmm_(mask.mul_(weights).mT, g_tile)
+                gv[tile.group].add_(gemm.bmm(mask.mul_(weights).mT, g_tile))
         return *(None if d is None else d.to(q.dtype) for d in (dq, dk, dv)), None, None, None
 
 
@@ -130,13 +135,12 @@ class _AttentionTiles:
             self.group, self.row = group, row
             self.q = self.all_q[group, row].to(self.dtype)
             if row.start == 0:
-                self.k, self.v = self.all_k[group].to(self.dtype), self.all_v[group].to(self.dtype)
+                self.k, self.v = (t[group].to(self.dtype).contiguous() for t in (self.all_k, self.all_v))
             yield self
 
     def weights(self) -> Tensor:
         """softmax(scale · q kᵀ) of this piece: (groups, rows, M)."""
-        scores = torch.baddbmm(self.q.new_empty(()), self.q, self.k.mT, beta=0, alpha=self.scale)
-        return torch.softmax(scores, dim=-1)
+        return torch.softmax(gemm.bmm(self.q * self.scale, self.k.mT), dim=-1)
 
     def mask(self) -> Tensor:
         device = self.q.device
@@ -232,11 +236,13 @@ class _LinearCrossEntropy(Function):
         dtype = _compute_dtype(x.dtype)
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
         keep = any(ctx.needs_input_grad) and rows * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
-        product = x.new_empty(rows, num_classes) if keep else None
+        products = []
         loss, lse = x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
         correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
         for r in _row_chunks(x, num_classes):
-            z = _product(x[r.start : r.stop], linear_weight, linear_bias, product[r.start : r.stop] if keep else None)
+            z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
+            if keep:
+                products.append(z)
             logits = reference.class_logits(z.to(dtype), scale, logit_bias)
             torch.logsumexp(logits, -1, out=lse[r.start : r.stop])
             for piece, t in targets.pieces(r):
@@ -244,14 +250,14 @@ class _LinearCrossEntropy(Function):
                 loss[at] = targets.loss(logits[piece], lse[at], t)
                 if count:
                     correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, lse, product)
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, lse, *products)
         ctx.options = (scale, ignore_index, smoothing)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, grad, _):
-        x, linear_weight, linear_bias, logit_bias, target, weight, lse, product = ctx.saved_tensors
+        x, linear_weight, linear_bias, logit_bias, target, weight, lse, *products = ctx.saved_tensors
         scale, ignore_index, smoothing = ctx.options
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
@@ -261,9 +267,9 @@ class _LinearCrossEntropy(Function):
         dx = torch.empty_like(x) if needs[0] else None
         dw = db = None
         with _no_autocast(x):
-            for r in _row_chunks(x, num_classes):
+            for i, r in enumerate(_row_chunks(x, num_classes)):
                 rows = slice(r.start, r.stop)
-                z = _product(x[rows], linear_weight, linear_bias) if product is None else product[rows]
+                z = products[i] if products else gemm.linear(x[rows], linear_weight, linear_bias)
                 logits = reference.class_logits(z.to(lse.dtype), scale, logit_bias)
                 d = torch.empty_like(logits)
                 for piece, t in targets.pieces(r):
@@ -272,7 +278,7 @@ class _LinearCrossEntropy(Function):
                     db = d.sum(0) if db is None else db + d.sum(0)
                 d = d.to(x.dtype) if scale == 1.0 else d.mul_(scale).to(x.dtype)
                 if needs[0]:
-                    torch.mm(d, linear_weight, out=dx[rows])
+                    dx[rows] = gemm.mm(d, linear_weight)
                 if needs[1]:
                     dw = _accumulate(dw, d, x[rows], lse.dtype)
         return (
@@ -286,15 +292,12 @@ class _LinearCrossEntropy(Function):
 
 def _accumulate(total: Tensor | None, d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """total + dᵀ x, where partial sums of half-precision products are kept in fp32."""
-    if total is None:
-        return torch.mm(d.mT, x)
-    if d.dtype == dtype:
-        return total.addmm_(d.mT, x)
-    return total.to(dtype).add_(torch.mm(d.mT, x))
+    part = gemm.mm(d.mT, x)
+    return part if total is None else total.to(dtype).add_(part)
 
 
 def _differentiable_backward(ctx, grad: Tensor):
-    x, linear_weight, linear_bias, logit_bias, target, weight, _, _ = ctx.saved_tensors
+    x, linear_weight, linear_bias, logit_bias, target, weight, *_ = ctx.saved_tensors
     scale, ignore_index, smoothing = ctx.options
     needs = ctx.needs_input_grad[:4]
     terms, _ = reference.linear_cross_entropy_terms(
@@ -311,11 +314,6 @@ def _differentiable_backward(ctx, grad: Tensor):
     inputs = [t for t, need in zip((x, linear_weight, linear_bias, logit_bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(terms.loss, inputs, grad.to(terms.loss.dtype), create_graph=True))
     return *(next(grads) if need else None for need in needs), *[None] * 6
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, into ``out`` if given."""
-    return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
 
 
 def _row_chunks(x: Tensor, num_classes: int) -> Iterator[range]:

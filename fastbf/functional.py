@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import checks, chunked, reference
+from fastbf import checks, chunked, gemm, reference
 from fastbf.backend import choose
 from fastbf.dropout import Dropout, Site, draw_seed
 
@@ -280,6 +280,7 @@ def encoder_layer(
             feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
         ),
         attention=partial(_layer_attention, p=p, seed=seed),
+        linear=gemm.linear,
     )
 
 

@@ -175,7 +175,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         w = self._weights()
         if self.norm_first:
             x = F.layer_norm(x, (x.shape[-1],), w.norm1_weight, w.norm1_bias, self.norm1.eps)
-        q, k, _ = reference.project_qkv(x, w.in_proj_weight, w.in_proj_bias, self.self_attn.num_heads)
+        q, k, _ = reference.split_qkv(F.linear(x, w.in_proj_weight, w.in_proj_bias), self.self_attn.num_heads)
         return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
 
 

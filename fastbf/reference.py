@@ -75,10 +75,9 @@ def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None
     return _drop(F.relu(x) if activation == "relu" else F.gelu(x), mask)
 
 
-def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v = x Wqkvᵀ + bqkv from one GEMM: three (N, …, H, D) views of one buffer."""
-    qkv = F.linear(x, weight, bias)
-    return qkv.unflatten(-1, (3, num_heads, x.shape[-1] // num_heads)).unbind(-3)
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The q, k, v that one GEMM left side by side in (N, …, 3C): three (N, …, H, D) views."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
 
 
 def encoder_layer(
@@ -91,21 +90,23 @@ def encoder_layer(
     eps: float,
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
     attention: Callable[..., Tensor] = attention,
+    linear: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
     """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C).
 
-    ``attention(q, k, v, scale=, mask=)`` computes the attention; the default is the one above.
+    ``attention(q, k, v, scale=, mask=)`` and ``linear(x, weight, bias)`` compute what their names say; a backend
+    passes quicker ones than these defaults.
     """
     w = weights
 
     def self_attention(x: Tensor) -> Tensor:
-        q, k, v = project_qkv(x, w.in_proj_weight, w.in_proj_bias, num_heads)
+        q, k, v = split_qkv(linear(x, w.in_proj_weight, w.in_proj_bias), num_heads)
         o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
-        return F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
+        return linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
 
     def feedforward(z: Tensor) -> Tensor:
-        u = F.linear(z, w.linear1_weight, w.linear1_bias)
-        return F.linear(activation_dropout(u, activation, mask=masks.activation), w.linear2_weight, w.linear2_bias)
+        u = linear(z, w.linear1_weight, w.linear1_bias)
+        return linear(activation_dropout(u, activation, mask=masks.activation), w.linear2_weight, w.linear2_bias)
 
     channels = (x.shape[-1],)
     if norm_first:
