@@ -23,7 +23,7 @@ _CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 _MIN_CLASSIFIER_ROWS = 512
 # Scores of a head from which it is worked on by itself.
-_LONE_GROUP = 1 << 14
+_LONE_GROUP = 1 << 16
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
 
@@ -197,21 +197,20 @@ class _Targets:
         index = torch.where(valid, t, 0)
         return valid, index, 1.0 if self.weight is None else self.weight[index]
 
-    def loss(self, logits: Tensor, lse: Tensor, t: Tensor) -> Tensor:
-        """Loss of every row. logits (R, K), lse (R,), t the rows' targets → (R,)."""
+    def loss(self, log_p: Tensor, t: Tensor) -> Tensor:
+        """Loss of every row. log_p (R, K) log-probabilities, t the rows' targets → (R,)."""
         if t.is_floating_point():
-            return -(self.distribution(t, logits.dtype) * (logits - lse[:, None])).sum(-1)
+            return -(self.distribution(t, log_p.dtype) * log_p).sum(-1)
         valid, index, weight = self.indices(t)
-        loss = (lse - logits.gather(1, index[:, None])[:, 0]) * weight
+        loss = -log_p.gather(1, index[:, None])[:, 0] * weight
         if self.smoothing:
-            weighted = logits.sum(-1) if self.weight is None else logits @ self.weight
-            uniform = (lse * self.total_weight - weighted) / self.num_classes
-            loss = (1 - self.smoothing) * loss + self.smoothing * uniform
+            uniform = log_p.sum(-1) if self.weight is None else log_p @ self.weight
+            loss = (1 - self.smoothing) * loss - self.smoothing / self.num_classes * uniform
         return torch.where(valid, loss, 0)
 
-    def d_logits(self, logits: Tensor, lse: Tensor, t: Tensor, grad: Tensor, out: Tensor) -> None:
+    def d_logits(self, logits: Tensor, t: Tensor, grad: Tensor, out: Tensor) -> None:
         """Writes into ``out`` (R, K) the gradient of Σ grad · loss by the logits: grad · (p · Σ t - t), row by row."""
-        d = torch.sub(logits, lse[:, None], out=out).exp_()
+        d = torch.softmax(logits, -1, out=out)
         if t.is_floating_point():
             t = self.distribution(t, logits.dtype)
             d.mul_(t.sum(-1, keepdim=True)).sub_(t).mul_(grad[:, None])
@@ -227,8 +226,8 @@ class _Targets:
 
 
 class _LinearCrossEntropy(Function):
-    """Per-row losses of a linear classifier. Saves the input, the weight, the target, a log-sum-exp per row, and the
-    product input · Wᵀ + b in its own dtype unless that passes ``KEEP_LOGITS_BYTES``."""
+    """Per-row losses of a linear classifier. Saves the input, the weight, the target, and the product
+    input · Wᵀ + b in its own dtype unless that passes ``KEEP_LOGITS_BYTES``."""
 
     @staticmethod
     def forward(ctx, x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, smoothing, count):
@@ -237,50 +236,50 @@ class _LinearCrossEntropy(Function):
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
         keep = any(ctx.needs_input_grad) and rows * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
         products = []
-        loss, lse = x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+        loss = x.new_empty(rows, dtype=dtype)
         correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
         for r in _row_chunks(x, num_classes):
             z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
             if keep:
                 products.append(z)
             logits = reference.class_logits(z.to(dtype), scale, logit_bias)
-            torch.logsumexp(logits, -1, out=lse[r.start : r.stop])
+            log_p = torch.log_softmax(logits, -1)
             for piece, t in targets.pieces(r):
                 at = slice(r.start + piece.start, r.start + piece.stop)
-                loss[at] = targets.loss(logits[piece], lse[at], t)
+                loss[at] = targets.loss(log_p[piece], t)
                 if count:
                     correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, lse, *products)
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, *products)
         ctx.options = (scale, ignore_index, smoothing)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, grad, _):
-        x, linear_weight, linear_bias, logit_bias, target, weight, lse, *products = ctx.saved_tensors
+        x, linear_weight, linear_bias, logit_bias, target, weight, *products = ctx.saved_tensors
         scale, ignore_index, smoothing = ctx.options
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
         num_classes = linear_weight.shape[0]
-        targets = _Targets(target, weight, ignore_index, smoothing, num_classes, lse.dtype)
+        targets = _Targets(target, weight, ignore_index, smoothing, num_classes, grad.dtype)
         dx = torch.empty_like(x) if needs[0] else None
         dw = db = None
         with _no_autocast(x):
             for i, r in enumerate(_row_chunks(x, num_classes)):
                 rows = slice(r.start, r.stop)
                 z = products[i] if products else gemm.linear(x[rows], linear_weight, linear_bias)
-                logits = reference.class_logits(z.to(lse.dtype), scale, logit_bias)
+                logits = reference.class_logits(z.to(grad.dtype), scale, logit_bias)
                 d = torch.empty_like(logits)
                 for piece, t in targets.pieces(r):
-                    targets.d_logits(logits[piece], lse[rows][piece], t, grad[rows][piece], out=d[piece])
+                    targets.d_logits(logits[piece], t, grad[rows][piece], out=d[piece])
                 if needs[2] or needs[3]:
                     db = d.sum(0) if db is None else db + d.sum(0)
                 d = d.to(x.dtype) if scale == 1.0 else d.mul_(scale).to(x.dtype)
                 if needs[0]:
                     dx[rows] = gemm.mm(d, linear_weight)
                 if needs[1]:
-                    dw = _accumulate(dw, d, x[rows], lse.dtype)
+                    dw = _accumulate(dw, d, x[rows], grad.dtype)
         return (
             dx,
             None if dw is None else dw.to(linear_weight.dtype),

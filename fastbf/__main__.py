@@ -1,0 +1,105 @@
+"""``python -m fastbf``: the environment, the backend of every op and why, and a self-check against fp64."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fastbf
+from fastbf import functional, reference
+from fastbf.backend import OPS, explain
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> tuple[torch.device, str]:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return torch.device("cuda"), f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    return torch.device("cpu"), f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cases(device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
+    """(what, op, its reference, fp64 inputs): both are called with the inputs, the reference always in fp64."""
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, device=device)
+
+    qkv = [normal(67, 4, 32) for _ in range(3)]
+    yield (
+        "batch_attention",
+        functional.batch_attention,
+        lambda q, k, v: reference.attention(q, k, v, scale=q.shape[-1] ** -0.5),
+        qkv,
+    )
+    shapes = [(192, 64), (192,), (64, 64), (64,), (128, 64), (128,), (64, 128), (64,)] + [(64,)] * 4
+    layer = [normal(67, 64), *(normal(*s) / 8 for s in shapes)]
+    yield (
+        "encoder_layer",
+        lambda x, *w: functional.encoder_layer(x, *w, num_heads=4),
+        lambda x, *w: reference.encoder_layer(
+            x, reference.LayerWeights(*w), num_heads=4, activation="relu", norm_first=False, eps=1e-5
+        ),
+        layer,
+    )
+    target = torch.arange(33, device=device) % 11
+    yield (
+        "linear_cross_entropy",
+        lambda x, w: functional.linear_cross_entropy(x, w, target),
+        lambda x, w: reference.linear_cross_entropy_terms(x, w, target.repeat(2))[0].loss.mean(),
+        [normal(66, 64), normal(11, 64)],
+    )
+
+
+def _gradients(op: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = op(*inputs)
+    return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def _worst(results: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative error, in the Euclidean norm, of any output or gradient."""
+    return max(((r.double() - e).norm() / e.norm()).item() for r, e in zip(results, exact, strict=True))
+
+
+def self_check(device: torch.device) -> bool:
+    """Outputs and gradients in fp32 against fp64, held to twice the error of the reference in fp32."""
+    good = True
+    for name, op, oracle, inputs in _cases(device):
+        exact = _gradients(oracle, inputs)
+        single = [x.float() for x in inputs]
+        error, eager = _worst(_gradients(op, single), exact), _worst(_gradients(oracle, single), exact)
+        passed = error <= 2 * eager + torch.finfo(torch.float32).eps
+        good &= passed
+        print(f"  {name:<24} error {error:.1e}, eager PyTorch's {eager:.1e}: {'ok' if passed else 'FAILED'}")
+    return good
+
+
+def main() -> int:
+    """Prints the report; the exit status is 0 if the self-check passes."""
+    device, name = _device()
+    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, {platform.system()}")
+    print(f"torch {torch.__version__}, triton {_version('triton')}")
+    print(f'device: {device.type}, {name}\n\nbackend="auto" chooses')
+    sample = torch.empty(2, 8, device=device)
+    for op in OPS:
+        print(f"  {op:<24} {explain(op, sample)}")
+    print("\nself-check, outputs and gradients in fp32 against fp64")
+    good = self_check(device)
+    print("\neverything is in order" if good else "\nself-check FAILED: please report this with the lines above")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
