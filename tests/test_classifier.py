@@ -1,0 +1,229 @@
+"""linear_cross_entropy and SharedClassifier against F.cross_entropy on written-out logits."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbf
+from fastbf import chunked
+from fastbf.functional import linear_cross_entropy
+
+N, C, K = 12, 9, 7
+
+
+def case(k=K, forked=False, soft=False, ignored=(), dtype=torch.float64, n=N):
+    x = torch.randn(n * (2 if forked else 1), C, dtype=dtype, requires_grad=True)
+    w = torch.randn(k, C, dtype=dtype, requires_grad=True)
+    b = torch.randn(k, dtype=dtype, requires_grad=True)
+    y = torch.rand(n, k, dtype=dtype) if soft else torch.randint(0, k, (n,))
+    for i in ignored:
+        y[i] = -100
+    return x, w, b, y
+
+
+def written_out(x, w, y, b=None, logit_bias=None, scale=1.0, **options):
+    logits = F.linear(x, w, b) * scale
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    y = y if x.shape[0] == y.shape[0] else torch.cat([y, y])
+    return F.cross_entropy(logits, y, **options)
+
+
+def assert_same(ours, theirs, tensors, **tolerance):
+    torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+    grad = torch.rand_like(theirs)
+    actual = torch.autograd.grad(ours, tensors, grad, retain_graph=True)
+    expected = torch.autograd.grad(theirs, tensors, grad)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, **tolerance)
+    again = torch.autograd.grad(ours, tensors, grad)
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(actual, again, strict=True))
+
+
+OPTIONS = list(
+    itertools.product(
+        [False, True],  # forked
+        [False, True],  # probabilities
+        [None, "weight"],
+        [0.0, 0.1],  # label smoothing
+        [None, "logit_bias"],
+        [1.0, 12.5],  # scale
+        ["mean", "sum", "none"],
+    )
+)
+
+
+@pytest.mark.parametrize(("forked", "soft", "weight", "smoothing", "bias", "scale", "reduction"), OPTIONS)
+def test_every_combination_of_options(forked, soft, weight, smoothing, bias, scale, reduction):
+    x, w, b, y = case(forked=forked, soft=soft, ignored=() if soft else (2, 5))
+    weight = torch.rand(K, dtype=torch.float64) if weight else None
+    logit_bias = torch.randn(K, dtype=torch.float64, requires_grad=True) if bias else None
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+    ours = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=logit_bias, scale=scale, **options)
+    theirs = written_out(x, w, y, b, logit_bias, scale, **options)
+    assert_same(ours, theirs, [t for t in (x, w, b, logit_bias) if t is not None])
+
+
+@pytest.mark.parametrize("k", [1, 2, 101])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_chunks_change_nothing(k, keep, rows, monkeypatch):
+    monkeypatch.setattr(chunked, "_MIN_CLASSIFIER_ROWS", rows)
+    monkeypatch.setattr(chunked, "_chunk_elements", lambda *_: 0)
+    monkeypatch.setattr(chunked, "KEEP_LOGITS_BYTES", 1 << 30 if keep else 0)
+    for forked, soft in itertools.product([False, True], repeat=2):
+        x, w, b, y = case(k, forked=forked, soft=soft)
+        assert_same(linear_cross_entropy(x, w, y, linear_bias=b), written_out(x, w, y, b), (x, w, b))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
+def test_gradients_of_every_subset(needs):
+    x, w, b, y = case(forked=True)
+    tensors = (x, w, b, torch.randn(K, dtype=torch.float64))
+    for t, need in zip(tensors, needs, strict=True):
+        t.requires_grad_(need)
+    ours = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=tensors[3])
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    assert ours.requires_grad == any(needs)
+    if wanted:
+        assert_same(ours, written_out(x, w, y, b, tensors[3]), wanted)
+
+
+def test_probabilities_and_class_weights_get_gradients():
+    x, w, _, y = case(soft=True)
+    y.requires_grad_()
+    weight = torch.rand(K, dtype=torch.float64, requires_grad=True)
+    assert_same(linear_cross_entropy(x, w, y, weight=weight), written_out(x, w, y, weight=weight), (x, w, y, weight))
+
+
+def test_double_backward():
+    x, w, b, y = case(forked=True, n=3)
+    assert torch.autograd.gradgradcheck(
+        lambda x, w, b: linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=0.1, scale=0.5), (x, w, b)
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_ignored(smoothing, reduction):
+    x, w, b, y = case(ignored=range(N))
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    assert_same(linear_cross_entropy(x, w, y, linear_bias=b, **options), written_out(x, w, y, b, **options), (x, w, b))
+
+
+def test_class_switched_off():
+    x, w, b, _ = case()
+    y = torch.arange(N) % (K - 1)
+    off = torch.zeros(K, dtype=torch.float64)
+    off[K - 1] = -torch.inf
+    ours = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=off)
+    assert ours.isfinite()
+    assert_same(ours, written_out(x, w, y, b, off), (x, w, b))
+    y[0] = K - 1
+    assert linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=off) == torch.inf
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, torch.inf, torch.nan])
+def test_extreme_inputs(value):
+    x, w, b, y = case()
+    with torch.no_grad():
+        x[1] *= value
+    assert_same(linear_cross_entropy(x, w, y, linear_bias=b), written_out(x, w, y, b), (x, w, b))
+
+
+def test_ignore_index():
+    x, w, b, y = case()
+    assert_same(
+        linear_cross_entropy(x, w, y, linear_bias=b, ignore_index=3), written_out(x, w, y, b, ignore_index=3), (x, w, b)
+    )
+
+
+def test_dense_features_and_strides():
+    x = torch.randn(C, 2 * N, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(C, K, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, K, (N, 5))
+    ours = linear_cross_entropy(x.movedim(0, -1), w.T, y, reduction="none")
+    theirs = F.cross_entropy(
+        F.linear(x.movedim(0, -1), w.T).flatten(0, 1), torch.cat([y, y]).flatten(), reduction="none"
+    )
+    assert ours.shape == (2 * N, 5)
+    assert_same(ours, theirs.view(2 * N, 5), (x, w))
+
+
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_statistics_of_each_stream(forked, soft):
+    x, w, b, y = case(forked=forked, soft=soft, ignored=() if soft else (1,))
+    weight = torch.rand(K, dtype=torch.float64)
+    loss, stats = linear_cross_entropy(x, w, y, linear_bias=b, weight=weight, stats=True)
+    assert_same(loss, written_out(x, w, y, b, weight=weight), (x, w, b))
+    streams = x.chunk(2) if forked else [x]
+    expected = torch.stack([written_out(s, w, y, b, weight=weight) for s in streams])
+    torch.testing.assert_close(stats.loss, expected.detach())
+    labels = y.argmax(-1) if soft else y
+    hits = [(F.linear(s, w, b).argmax(-1) == labels)[labels >= 0].double().mean() for s in streams]
+    torch.testing.assert_close(stats.accuracy, torch.stack(hits))
+    assert not stats.loss.requires_grad
+
+
+def test_contrastive_use_replaces_four_losses():
+    q1, m1, q2, m2, k1, k2 = (F.normalize(torch.randn(N, C, dtype=torch.float64), dim=1) for _ in range(6))
+    q1, m1, q2, m2 = (t.requires_grad_() for t in (q1, m1, q2, m2))
+    labels, tau = torch.arange(N), 0.2
+    four = sum(F.cross_entropy(q @ k.T / tau, labels) for q, k in ((q1, k2), (m1, k2), (q2, k1), (m2, k1)))
+    ours = sum(
+        2 * linear_cross_entropy(torch.cat(q), k, labels, scale=1 / tau) for q, k in (((q1, m1), k2), ((q2, m2), k1))
+    )
+    assert_same(ours, four, (q1, m1, q2, m2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_shared_classifier(bias):
+    counts, weight = torch.tensor([100, 50, 20, 10, 5, 2, 1]), torch.rand(K)
+    module = fastbf.SharedClassifier(
+        C, K, bias, class_counts=counts, class_weight=weight, label_smoothing=0.1, scale=3.0, dtype=torch.float64
+    )
+    x, _, _, y = case(forked=True)
+    torch.testing.assert_close(module(x), 3 * F.linear(x, module.weight, module.bias))
+    theirs = written_out(
+        x, module.weight, y, module.bias, counts.double().log(), 3.0, weight=weight.double(), label_smoothing=0.1
+    )
+    assert_same(module.loss(x, y), theirs, (x, *module.parameters()))
+
+
+def test_state_dict_is_that_of_linear():
+    module = fastbf.SharedClassifier(C, K, class_counts=[1] * K, class_weight=[1.0] * K)
+    plain = torch.nn.Linear(C, K)
+    assert list(module.state_dict()) == list(plain.state_dict())
+    module.load_state_dict(plain.state_dict())
+    plain.load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_within_twice_eagers(dtype):
+    exact = [t.detach() for t in case(forked=True, n=300)]
+    low = [t.to(dtype).requires_grad_() for t in exact[:3]]
+    rounded = [t.detach().double().requires_grad_() for t in low]
+    y = exact[3]
+
+    def results(fn, x, w, b):
+        loss = fn(x, w, y, b)
+        return [loss, *torch.autograd.grad(loss, (x, w, b))]
+
+    truth = results(written_out, *rounded)
+    eager = results(written_out, *low)
+    ours = results(lambda x, w, y, b: linear_cross_entropy(x, w, y, linear_bias=b), *low)
+    for o, e, t in zip(ours, eager, truth, strict=True):
+        assert o.dtype == e.dtype
+        assert (o.double() - t).norm() <= 2 * (e.double() - t).norm() + torch.finfo(dtype).eps * t.norm()
+
+
+def test_logits_are_kept_at_most_once():
+    n, k = 600, 5000
+    x, w = torch.randn(2 * n, C, requires_grad=True), torch.randn(k, C, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(x, w, torch.randint(0, k, (n,)))
+    assert sum(saved) < 1.1 * 2 * n * k

@@ -1,0 +1,111 @@
+"""The keep decisions: against a second implementation, and as random numbers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastbf.dropout import Dropout, Site, draw_seed, philox, round_keys, threshold
+
+SEED = -1234567890123456789
+LOW = 0xFFFFFFFF
+
+
+def philox_by_hand(counter, seed):
+    """Philox4x32-7 in Python's integers, after Salmon et al. (SC 2011), table 2 and figure 3."""
+    c, k = list(counter), [seed & LOW, seed >> 32 & LOW]
+    for _ in range(7):
+        high0, low0 = divmod(c[0] * 0xD2511F53, 1 << 32)
+        high1, low1 = divmod(c[2] * 0xCD9E8D57, 1 << 32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) & LOW, (k[1] + 0xBB67AE85) & LOW]
+    return c
+
+
+def keeps_by_hand(p, seed, site, group, row, column):
+    """One decision, from the layout that fastbf.dropout documents."""
+    width = 128 if p == 0.5 else 8
+    words = philox_by_hand((column // width, row, group & LOW, (group >> 32) * 4 + site), seed)
+    if p == 0.5:
+        return words[column // 32 % 4] >> column % 32 & 1 == 1
+    half = words[column // 2 % 4] >> 16 * (column % 2) & 0xFFFF
+    return half >= threshold(p)
+
+
+def draw(p, groups, rows, columns, *, seed=SEED, site=Site.ATTENTION, dtype=torch.float64):
+    dropout = Dropout(p, torch.tensor([seed]), dtype)
+    return dropout.multiplier(site, torch.tensor(groups)[:, None], torch.tensor(rows), columns)
+
+
+def test_philox_words_match_a_second_implementation():
+    counters = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4], [LOW, LOW, LOW, LOW], [7, LOW, 0, 12]])
+    words = philox(tuple(counters.unbind(1)), round_keys(torch.tensor([SEED])))
+    expected = [philox_by_hand(c, SEED & 0xFFFFFFFFFFFFFFFF) for c in counters.tolist()]
+    assert [[w & LOW for w in row] for row in words.tolist()] == expected
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("site", Site)
+def test_decisions_match_a_second_implementation(p, site):
+    groups, rows, columns = [0, 5, 2**32 + 3], [0, 1, 77, 65535], 259
+    kept = draw(p, groups, rows, columns, site=site) > 0
+    seed = SEED & 0xFFFFFFFFFFFFFFFF
+    for (i, g), (j, r), c in itertools.product(enumerate(groups), enumerate(rows), range(0, columns, 3)):
+        assert kept[i, j, c] == keeps_by_hand(p, seed, site, g, r, c)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_decisions_do_not_depend_on_how_they_are_cut(p):
+    whole = draw(p, range(6), range(50), 300)
+    assert torch.equal(whole[2:4, 17:31, :77], draw(p, [2, 3], range(17, 31), 77))
+
+
+@pytest.mark.parametrize("p", [0.0001, 0.1, 0.3, 0.5, 0.9])
+def test_kept_values_are_scaled_by_the_rate_applied(p):
+    values = draw(p, range(2), range(100), 100).unique().tolist()
+    applied = threshold(p) / 65536
+    assert all(v == 0 or v == pytest.approx(1 / (1 - applied), rel=1e-12) for v in values)
+
+
+def test_p_one_gives_zeros():
+    assert not draw(1.0, [0], range(3), 5).any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_keep_rate_is_within_binomial_bounds(p):
+    kept = (draw(p, range(8), range(256), 512) > 0).double()
+    n, keep = kept.numel(), 1 - threshold(p) / 65536
+    assert abs(kept.mean().item() - keep) < 5 * math.sqrt(keep * (1 - keep) / n)
+    for dims in ((0, 1), (0, 2), (1, 2)):
+        part = kept.mean(dims)
+        bound = 6 * math.sqrt(keep * (1 - keep) * part.numel() / n)
+        assert (part - keep).abs().max() < bound
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_neighbours_sites_and_successive_seeds_are_uncorrelated(p):
+    keep = 1 - threshold(p) / 65536
+    base = (draw(p, range(4), range(256), 512) > 0).double() - keep
+    others = {
+        "row": base.roll(1, 1),
+        "column": base.roll(1, 2),
+        "word": base.roll(32, 2),
+        "head": base.roll(1, 0),
+        "seed": (draw(p, range(4), range(256), 512, seed=SEED + 1) > 0).double() - keep,
+        "site": (draw(p, range(4), range(256), 512, site=Site.ACTIVATION) > 0).double() - keep,
+    }
+    variance = keep * (1 - keep)
+    for name, other in others.items():
+        assert abs((base * other).mean().item()) < 5 * variance / math.sqrt(base.numel()), name
+
+
+def test_seeds_obey_manual_seed():
+    torch.manual_seed(3)
+    first = draw_seed(torch.device("cpu"))
+    second = draw_seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(first, draw_seed(torch.device("cpu")))
+    assert not torch.equal(first, second)
+    assert first.dtype == torch.int64
+    assert first.shape == (1,)

@@ -1,0 +1,88 @@
+"""convert and strip."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastbf
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.backbone = nn.Linear(6, 16)
+        self.former = fastbf.BatchFormer(16, dropout=dropout)
+        self.tail = nn.Sequential(nn.ReLU(), fastbf.BatchFormer(16, forked=True, num_layers=2))
+        self.classifier = fastbf.SharedClassifier(16, 3)
+
+    def forward(self, x, *targets):
+        out = self.former(self.backbone(x), *targets)
+        if targets:
+            return self.classifier(self.tail(out[0])), *out[1:]
+        return self.classifier(self.tail(out))
+
+
+def test_strip_leaves_the_evaluation_output():
+    net = Net().eval()
+    x, y = torch.randn(4, 6), torch.arange(4)
+    before, labels = net(x, y)
+    assert fastbf.strip(net) is net
+    after, same = net(x, y)
+    assert torch.equal(before, after)
+    assert labels is same is y
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "classifier"}
+    assert not any(isinstance(m, fastbf.BatchFormer | fastbf.BatchFormerLayer) for m in net.modules())
+    assert torch.equal(net.train()(x), after)
+
+
+def test_strip_of_a_batchformer_itself():
+    stripped = fastbf.strip(fastbf.BatchFormer(16).eval())
+    x = torch.randn(3, 16)
+    assert stripped(x) is x
+    assert not list(stripped.parameters())
+    assert not stripped.training
+
+
+def test_stripped_models_export_and_trace():
+    net, x = fastbf.strip(Net().eval()), torch.randn(4, 6)
+    expected = net(x)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), expected)
+
+
+def test_convert_keeps_parameters_results_and_optimizers():
+    net = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 16, 0.0), 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x = torch.randn(5, 1, 16)
+    before, parameters = net(x), list(net.parameters())
+    assert fastbf.convert(net) == 2
+    assert fastbf.convert(net) == 0
+    assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
+    assert all(isinstance(layer, fastbf.BatchFormerLayer) for layer in net[1].layers)
+    torch.testing.assert_close(net(x), before)
+    net(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(net(x), before)
+
+
+def test_convert_of_a_layer_itself_keeps_hooks():
+    layer = nn.TransformerEncoderLayer(16, 4)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    assert fastbf.convert(layer) == 1
+    layer(torch.randn(5, 16))
+    assert isinstance(layer, fastbf.BatchFormerLayer)
+    assert calls == [1]
+
+
+def test_convert_leaves_subclasses_alone():
+    class Own(nn.TransformerEncoderLayer):
+        pass
+
+    assert fastbf.convert(nn.Sequential(Own(16, 4), fastbf.BatchFormerLayer(16, 4))) == 0
+
+
+@pytest.mark.parametrize("function", [fastbf.convert, fastbf.strip])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got int"):
+        function(3)
