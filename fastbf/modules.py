@@ -430,12 +430,12 @@ class SharedClassifier(nn.Linear):
     def _per_class(self, name: str, values: Tensor | Sequence[float] | None) -> Tensor | None:
         if values is None:
             return None
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        values = torch.as_tensor(values).detach().to(device=self.weight.device, dtype=dtype, copy=True)
+        values = torch.as_tensor(values, device="cpu").detach()
         checks.shape(name, values, (self.out_features,))
         if not (values >= 0).all():
             raise ValueError(f"{name} must not be negative, got {values.min().item()}")
-        return values
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return values.to(device=self.weight.device, dtype=dtype, copy=True)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K)."""

@@ -227,3 +227,8 @@ def test_logits_are_kept_at_most_once():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         linear_cross_entropy(x, w, torch.randint(0, k, (n,)))
     assert sum(saved) < 1.1 * 2 * n * k
+
+
+def test_can_be_built_on_the_meta_device():
+    module = fastbf.SharedClassifier(C, K, class_counts=[3] * K, device="meta")
+    assert module.log_prior.device.type == "meta"

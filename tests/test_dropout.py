@@ -68,6 +68,12 @@ def test_kept_values_are_scaled_by_the_rate_applied(p):
     assert all(v == 0 or v == pytest.approx(1 / (1 - applied), rel=1e-12) for v in values)
 
 
+def test_the_threshold_itself_is_kept():
+    half = philox_by_hand((0, 0, 0, Site.ATTENTION), SEED & 0xFFFFFFFFFFFFFFFF)[0] & 0xFFFF
+    assert draw(half / 65536, [0], [0], 1) > 0
+    assert draw((half + 1) / 65536, [0], [0], 1) == 0
+
+
 def test_p_one_gives_zeros():
     assert not draw(1.0, [0], range(3), 5).any()
 

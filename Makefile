@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python 3.10+, make and a C++ compiler (for the torch.compile tests), nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench dist clean
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[demo,bench,test]"
+	touch $@
+
+demo: $(READY)
+	$(RUN) examples/long_tailed.py --out out
+
+test: $(READY)
+	$(RUN) -m pytest tests
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(READY)
+	$(RUN) -m pytest bench/test_pairs.py -s
+	$(RUN) -m pytest bench/test_step.py
+
+dist: $(READY)
+	$(RUN) -m build
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

@@ -1,0 +1,56 @@
+"""The torch backend's matrix products: PyTorch's results whichever library computes them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbf import gemm
+
+
+def matrices(dtype):
+    wide = torch.randn(33, 70, dtype=dtype)
+    return [wide, wide[:, 3:60], torch.randn(70, 33, dtype=dtype).mT, torch.randn(33, 1, dtype=dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("i", range(4))
+def test_linear_is_functional_linear(dtype, i):
+    x = matrices(dtype)[i].requires_grad_()
+    w, b = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((20, x.shape[1]), (20,)))
+    for bias in (b, None):
+        tensors = [x, w] if bias is None else [x, w, bias]
+        ours, theirs = gemm.linear(x, w, bias), F.linear(x, w, bias)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        grad = torch.randn(20, 33, dtype=dtype).mT
+        for a, e in zip(*(torch.autograd.grad(out, tensors, grad) for out in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_more_dimensions():
+    x, w = torch.randn(5, 3, 8), torch.randn(4, 8)
+    torch.testing.assert_close(gemm.linear(x, w, None), F.linear(x, w))
+    torch.testing.assert_close(gemm.linear(x.transpose(0, 1), w, None), F.linear(x.transpose(0, 1), w))
+
+
+def test_gradients_have_gradients():
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
+    first = torch.autograd.grad(gemm.linear(x, w, b).square().sum(), x, create_graph=True)[0]
+    expected = torch.autograd.grad(F.linear(x, w, b).square().sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(first.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_slices_are_made_dense_for_onednn():
+    whole = torch.randn(8, 12)
+    assert gemm._dense(whole) is whole
+    assert gemm._dense(whole.mT).data_ptr() == whole.data_ptr()
+    assert gemm._dense(whole[:, :6]).is_contiguous()
+
+
+def test_the_public_switch_turns_onednn_off():
+    x = torch.randn(3, 4)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not gemm._onednn(x)
+    assert gemm._onednn(x) == torch.backends.mkldnn.is_available()
+    assert not gemm._onednn(x.double())
