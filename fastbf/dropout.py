@@ -116,3 +116,17 @@ class Dropout:
             half = words.view(torch.int16).to(torch.int32) & 0xFFFF
             keep = (half >= drop).to(self.dtype).mul_(65536 / (65536 - drop))
         return keep.view(*shape, block.numel() * width)[..., :columns]
+
+
+def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
+    """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D)."""
+    groups = torch.arange(q[0, ..., 0].numel(), device=q.device).view(*q.shape[1:-1], 1)
+    rows = torch.arange(q.shape[0], device=q.device)
+    return dropout.multiplier(Site.ATTENTION, groups, rows, num_keys)
+
+
+def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
+    """The multiplier for a tensor x (N, …, C) at one of the elementwise sites."""
+    positions = torch.arange(x[0, ..., 0].numel(), device=x.device).view(x.shape[1:-1])
+    rows = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (x.dim() - 2))
+    return dropout.multiplier(site, positions, rows, x.shape[-1])

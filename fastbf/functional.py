@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import checks, chunked, gemm, reference
+from fastbf import checks, chunked_attention, chunked_classifier, gemm, reference
 from fastbf.backend import choose
-from fastbf.dropout import Dropout, Site, draw_seed
+from fastbf.chunks import compute_dtype
+from fastbf.dropout import Dropout, Site, attention_mask, draw_seed, elementwise_mask
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -63,13 +64,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Te
         return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it sees through an autograd Function.
-        mask = chunked.attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
+        mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
         return reference.attention(q, k, v, scale=scale, mask=mask)
-    return chunked.attention(q, k, v, scale=scale, p=p, seed=seed)
+    return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed)
 
 
 def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor) -> Tensor | None:
-    return None if p == 0 or x.numel() == 0 else chunked.elementwise_mask(Dropout(p, seed, x.dtype), site, x)
+    return None if p == 0 or x.numel() == 0 else elementwise_mask(Dropout(p, seed, x.dtype), site, x)
 
 
 def batch_attention(
@@ -362,7 +363,7 @@ def linear_cross_entropy(
     rows = input.shape[:-1]
     probabilities = target.is_floating_point()
     target = target.reshape(-1, num_classes) if probabilities else target.flatten()
-    norm = reference.row_norm(target, weight, ignore_index, torch.promote_types(input.dtype, torch.float32))
+    norm = reference.row_norm(target, weight, ignore_index, compute_dtype(input.dtype))
     x, linear_weight, linear_bias = _autocast(input.flatten(0, -2), linear_weight, linear_bias)
     options = {
         "linear_bias": linear_bias,
@@ -372,13 +373,15 @@ def linear_cross_entropy(
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
     }
-    needs_plain = target.requires_grad or (weight is not None and weight.requires_grad)
-    if needs_plain or torch.compiler.is_compiling():
+    unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
+    if unusual or torch.compiler.is_compiling():
         repeated = torch.cat([target, target]) if forked else target
         terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
         loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
     else:
-        loss, right = chunked.linear_cross_entropy_rows(x, linear_weight, target, **options, count_correct=stats)
+        loss, right = chunked_classifier.linear_cross_entropy_rows(
+            x, linear_weight, target, **options, count_correct=stats
+        )
     norm = norm.to(loss.dtype)
 
     dtype = loss.dtype if torch.is_autocast_enabled(input.device.type) else _eager_dtype(x, logit_bias)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fastbf import chunked, reference
-from fastbf.dropout import Dropout
+from fastbf import chunked_attention, reference
+from fastbf.dropout import Dropout, attention_mask
 from fastbf.functional import batch_attention
 
 SEED = 42
@@ -18,7 +18,7 @@ def inputs(n, m, *rest, dtype=torch.float64):
 
 def formula(q, k, v, p, seed=SEED, scale=None):
     """The definition with the mask materialised."""
-    mask = chunked.attention_mask(Dropout(p, torch.tensor([seed]), q.dtype), q, k.shape[0]) if p else None
+    mask = attention_mask(Dropout(p, torch.tensor([seed]), q.dtype), q, k.shape[0]) if p else None
     return reference.attention(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale, mask=mask)
 
 
@@ -40,8 +40,8 @@ def test_matches_the_formula(n, m, shape, p):
 
 @pytest.mark.parametrize("elements", [1, 50, 1000, 10**9])
 def test_chunks_change_nothing(elements, monkeypatch):
-    monkeypatch.setattr(chunked, "_chunk_elements", lambda *_: elements)
-    monkeypatch.setattr(chunked, "_LONE_GROUP", 600)
+    monkeypatch.setattr(chunked_attention, "chunk_elements", lambda *_: elements)
+    monkeypatch.setattr(chunked_attention, "_LONE_GROUP", 600)
     for n in (17, 30):
         q, k, v = inputs(n, n, 3, 2, 8)
         assert_same(batch_attention(q, k, v, dropout_p=0.5, seed=SEED), formula(q, k, v, 0.5), (q, k, v))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbf
-from fastbf import chunked
+from fastbf import chunked_classifier
 from fastbf.functional import linear_cross_entropy
 
 N, C, K = 12, 9, 7
@@ -70,9 +70,9 @@ def test_every_combination_of_options(forked, soft, weight, smoothing, bias, sca
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_chunks_change_nothing(k, keep, rows, monkeypatch):
-    monkeypatch.setattr(chunked, "_MIN_CLASSIFIER_ROWS", rows)
-    monkeypatch.setattr(chunked, "_chunk_elements", lambda *_: 0)
-    monkeypatch.setattr(chunked, "KEEP_LOGITS_BYTES", 1 << 30 if keep else 0)
+    monkeypatch.setattr(chunked_classifier, "_MIN_ROWS", rows)
+    monkeypatch.setattr(chunked_classifier, "chunk_elements", lambda *_: 0)
+    monkeypatch.setattr(chunked_classifier, "KEEP_LOGITS_BYTES", 1 << 30 if keep else 0)
     for forked, soft in itertools.product([False, True], repeat=2):
         x, w, b, y = case(k, forked=forked, soft=soft)
         assert_same(linear_cross_entropy(x, w, y, linear_bias=b), written_out(x, w, y, b), (x, w, b))
@@ -232,3 +232,15 @@ def test_logits_are_kept_at_most_once():
 def test_can_be_built_on_the_meta_device():
     module = fastbf.SharedClassifier(C, K, class_counts=[3] * K, device="meta")
     assert module.log_prior.device.type == "meta"
+
+
+def test_no_rows_as_the_reference():
+    x, w, b, y = case(n=0)
+    assert_same(linear_cross_entropy(x, w, y, linear_bias=b), written_out(x, w, y, b), (x, w, b))
+
+
+def test_logit_bias_of_another_precision():
+    x, w, b, y = case(dtype=torch.float32)
+    bias = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    ours, theirs = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=bias), written_out(x, w, y, b, bias)
+    assert_same(ours, theirs, (x, w, b, bias), rtol=1e-4, atol=1e-5)

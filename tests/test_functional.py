@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import fastbf
-from fastbf import chunked, functional
-from fastbf.dropout import Dropout, Site
+from fastbf import functional
+from fastbf.dropout import Dropout, Site, elementwise_mask
 
 SEED = torch.tensor([3])
 
@@ -16,7 +16,7 @@ def features(*shape):
 
 
 def mask(p, site, x):
-    return chunked.elementwise_mask(Dropout(p, SEED, x.dtype), site, x) if p else 1.0
+    return elementwise_mask(Dropout(p, SEED, x.dtype), site, x) if p else 1.0
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (5, 3, 16), (5, 2, 3, 16)])

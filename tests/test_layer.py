@@ -11,6 +11,8 @@ from torch import nn
 
 import fastbf
 from fastbf import functional
+from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
+from fastbf.reference import LayerMasks
 from tests import paper
 
 
@@ -76,18 +78,14 @@ def test_same_results_with_the_same_masks(norm_first, n, monkeypatch):
 
 
 def layer_masks(x, heads, width, seed, p):
-    from fastbf import chunked
-    from fastbf.dropout import Dropout, Site
-    from fastbf.reference import LayerMasks
-
     dropout = Dropout(p, seed, x.dtype)
     hidden = x.new_empty(*x.shape[:-1], width)
     q = x.unflatten(-1, (heads, -1))
     return LayerMasks(
-        chunked.attention_mask(dropout, q, x.shape[0]),
-        chunked.elementwise_mask(dropout, Site.ATTENTION_OUTPUT, x),
-        chunked.elementwise_mask(dropout, Site.ACTIVATION, hidden),
-        chunked.elementwise_mask(dropout, Site.FEEDFORWARD_OUTPUT, x),
+        attention_mask(dropout, q, x.shape[0]),
+        elementwise_mask(dropout, Site.ATTENTION_OUTPUT, x),
+        elementwise_mask(dropout, Site.ACTIVATION, hidden),
+        elementwise_mask(dropout, Site.FEEDFORWARD_OUTPUT, x),
     )
 
 

@@ -1,0 +1,119 @@
+"""The torch backend's attention with dropout: the formula of reference.py in chunks of query rows.
+
+An autograd Function that keeps nothing of size N × M for backward and draws its dropout decisions again instead of
+storing them. Asked for a graph of the gradient (double backward), it differentiates the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastbf import gemm, reference
+from fastbf.chunks import chunk_elements, compute_dtype, no_autocast
+from fastbf.dropout import Dropout, Site, attention_mask
+
+# On CPU, scores of a head from which its products are large enough to be quickest by themselves.
+_LONE_GROUP = 1 << 16
+
+
+def _tiles(groups: int, rows: int, columns: int, elements: int, lone: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts (groups, rows, columns) into pieces of up to ``elements``: several whole groups, or rows of one.
+
+    Groups of ``lone`` elements and more are taken one by one.
+    """
+    group_step = 1 if rows * columns >= lone else max(1, elements // (rows * columns))
+    row_step = rows if group_step > 1 else min(rows, max(1, elements // columns))
+    for g in range(0, groups, group_step):
+        for r in range(0, rows, row_step):
+            yield slice(g, min(g + group_step, groups)), slice(r, min(r + row_step, rows))
+
+
+def _batched(x: Tensor) -> Tensor:
+    """(N, …, H, D) → (G, N, D) with G = positions · H, a view where the strides allow one."""
+    x = reference.heads_first(x)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+class _Attention(Function):
+    """Saves q, k, v and the seed; nothing of size N × M."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, seed)
+        ctx.scale, ctx.p = scale, p
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        o = _batched(out)
+        for tile in _AttentionTiles(q, k, v, seed, scale, p):
+            o[tile.group, tile.row] = gemm.bmm(tile.weights().mul_(tile.mask()), tile.v)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            mask = attention_mask(Dropout(ctx.p, seed, compute_dtype(q.dtype)), q, k.shape[0])
+            out = reference.attention(q, k, v, scale=ctx.scale, mask=mask).to(q.dtype)
+            wanted = [t for t, need in zip((q, k, v), needs, strict=True) if need]
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            return *(next(grads) if need else None for need in needs), None, None, None
+
+        dq, dk, dv = (
+            torch.zeros(t.shape, dtype=compute_dtype(t.dtype), device=t.device) if need else None
+            for t, need in zip((q, k, v), needs, strict=True)
+        )
+        g, gq, gk, gv = (None if t is None else _batched(t) for t in (grad, dq, dk, dv))
+        for tile in _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p):
+            g_tile = g[tile.group, tile.row].to(gq.dtype if gq is not None else tile.q.dtype)
+            weights, mask = tile.weights(), tile.mask()
+            if needs[0] or needs[1]:
+                d_weights = gemm.bmm(g_tile, tile.v.mT).mul_(mask)
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                if needs[0]:
+                    gq[tile.group, tile.row] = gemm.bmm(d_scores, tile.k).mul_(ctx.scale)
+                if needs[1]:
+                    gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=ctx.scale)
+            if needs[2]:
+                gv[tile.group].add_(gemm.bmm(mask.mul_(weights).mT, g_tile))
+        return *(None if d is None else d.to(q.dtype) for d in (dq, dk, dv)), None, None, None
+
+
+class _AttentionTiles:
+    """Walks the score matrix of one attention call piece by piece."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float) -> None:
+        self.all_q, self.all_k, self.all_v = _batched(q), _batched(k), _batched(v)
+        self.scale, self.dtype = scale, compute_dtype(q.dtype)
+        self.dropout = Dropout(p, seed, self.dtype)
+
+    def __iter__(self) -> Iterator[_AttentionTiles]:
+        groups, rows, _ = self.all_q.shape
+        columns = self.all_k.shape[1]
+        elements = chunk_elements(self.all_q.device, self.dtype)
+        lone = _LONE_GROUP if self.all_q.device.type == "cpu" else elements
+        for group, row in _tiles(groups, rows, columns, elements, lone):
+            self.group, self.row = group, row
+            self.q = self.all_q[group, row].to(self.dtype)
+            if row.start == 0:
+                self.k, self.v = (t[group].to(self.dtype).contiguous() for t in (self.all_k, self.all_v))
+            yield self
+
+    def weights(self) -> Tensor:
+        """softmax(scale · q kᵀ) of this piece: (groups, rows, M)."""
+        return torch.softmax(gemm.bmm(self.q * self.scale, self.k.mT), dim=-1)
+
+    def mask(self) -> Tensor:
+        device = self.q.device
+        group = torch.arange(self.group.start, self.group.stop, device=device)[:, None]
+        row = torch.arange(self.row.start, self.row.stop, device=device)
+        return self.dropout.multiplier(Site.ATTENTION, group, row, self.k.shape[1])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor) -> Tensor:
+    """drop(softmax(scale · q kᵀ)) v in chunks. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape."""
+    with no_autocast(q):
+        return _Attention.apply(q, k, v, seed, scale, p)
