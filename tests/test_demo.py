@@ -1,0 +1,39 @@
+"""The demo, in its quick form, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "long_tailed.py"
+
+
+def test_demo(tmp_path):
+    result = subprocess.run(
+        [sys.executable, EXAMPLE, "--quick", "--device", "cpu", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("fastbf ")
+    assert lines[1].startswith("backend of BatchFormer  torch: ")
+    assert "training: 100%" in result.stderr
+    for group in ("all (120 to 2)", "many (120 to 50)", "medium (33 to 9)", "few (6 to 2)"):
+        rows = [line for line in lines if line.strip().startswith(group)]
+        assert len(rows) == 2
+        assert all(row.endswith(("gain", "LOSS")) for row in rows)
+        assert all(len(row) <= 100 for row in rows)
+    everything = next(line for line in lines if line.strip().startswith("all "))
+    assert float(everything.split()[4]) > 40  # it learns: chance is 10
+    assert any("the same 500 test predictions" in line for line in lines)
+    for picture in ("accuracy_per_class.png", "sample_relations.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_one_seed_is_refused(tmp_path):
+    result = subprocess.run(
+        [sys.executable, EXAMPLE, "--seeds", "1", "--out", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "--seeds must be at least 2" in result.stderr
