@@ -6,7 +6,6 @@
 
 import datetime
 import math
-import platform
 import statistics
 import time
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from bench.steps import WORKLOADS, Workload, make_step
+from fastbf.environment import device_name
 
 GEOMETRIC_MEAN, WORST = 1.3, 0.97
 SECONDS = 6.0
@@ -36,8 +36,9 @@ def medians(w: Workload) -> tuple[float, float]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the torch backend's targets are for CPU")
 def test_targets():
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads,", end=" ")
-    print(f"torch {torch.__version__}, {datetime.date.today()}, dropout 0.5, fp32")
+    print(
+        f"\n{device_name(torch.device('cpu'))}, torch {torch.__version__}, {datetime.date.today()}, dropout 0.5, fp32"
+    )
     print(f"{'workload':<24} {'paper ms':>10} {'fastbf ms':>10} {'ratio':>7}")
     ratios = []
     for w in WORKLOADS:

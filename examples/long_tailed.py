@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastbf
+from fastbf.environment import device_name
 
 CLASSES, LARGEST, TEST_PER_CLASS, CHANNELS = 10, 120, 50, 64
 # Classes by rank of size: many-shot, medium-shot, few-shot.
@@ -46,8 +47,7 @@ class Run(NamedTuple):
 class Result(NamedTuple):
     accuracy: np.ndarray  # (10,) test accuracy in percent, largest class first
     model: Net
-    test: tuple[Tensor, Tensor]
-    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]  # images and labels
 
 
 class Net(nn.Module):
@@ -119,7 +119,7 @@ def train(run: Run, epochs: int, device: torch.device) -> Result:
             optimizer.step()
             schedule.step()
     right = (predict(model, test_set[0]) == test_set[1]).float().view(CLASSES, -1)
-    return Result(right.mean(1).cpu().numpy() * 100, model, test_set, train_set)
+    return Result(right.mean(1).cpu().numpy() * 100, model, test_set)
 
 
 @torch.no_grad()
@@ -197,14 +197,15 @@ def check_strip(result: Result) -> str:
     return f"stripped: {before:,} → {after:,} parameters, the same {len(result.test[1])} test predictions"
 
 
-def relations(result: Result, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """(size, size) attention of one training batch sorted by class, mean over heads, and its classes."""
-    rows = torch.randperm(len(result.train[1]), generator=torch.Generator().manual_seed(0))[:size]
-    labels, order = result.train[1].cpu()[rows].sort()
+def relations(result: Result, per_class: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Attention in one batch of test images, as many of each class, sorted by class; and the classes.
+
+    (N, N), mean over heads, and (N,).
+    """
+    images, labels = (x.unflatten(0, (CLASSES, -1))[:, :per_class].flatten(0, 1) for x in result.test)
     with torch.no_grad():
-        features = result.model.eval().backbone(result.train[0][rows[order].to(result.train[0].device)])
-        weights = result.model.batchformer.attention_map(features).mean(0)
-    return weights.cpu().numpy(), labels.numpy()
+        weights = result.model.batchformer.attention_map(result.model.eval().backbone(images)).mean(0)
+    return weights.cpu().numpy(), labels.cpu().numpy()
 
 
 def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
@@ -221,7 +222,8 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     device = torch.device(name)
     imbalances, seeds, epochs = ([50], 2, 20) if args.quick else ([50, 100], args.seeds, 100)
 
-    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}, {device}")
+    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"device                  {device.type}: {device_name(device)}")
     former = fastbf.BatchFormer(CHANNELS, device=device)
     print(f"backend of BatchFormer  {fastbf.explain(former, torch.empty(64, CHANNELS, device=device))}")
     runs = [Run(*r) for r in itertools.product(imbalances, LOSSES, (False, True), range(seeds))]

@@ -61,7 +61,7 @@ def draw_relations(path: Path, weights: np.ndarray, labels: np.ndarray) -> Path:
     ax.set_yticks(middles, [str(c + 1) for c in classes])
     ax.set_xlabel("attended sample, by rank of its class (1 = most images)")
     ax.set_ylabel("attending sample, by rank of its class")
-    ax.set_title("Sample relations in one batch (mean over heads)")
+    ax.set_title("Sample relations in one batch of test images")
     fig.colorbar(image, label="attention times batch length (1 = even)")
     fig.savefig(path, dpi=150)
     plt.close(fig)

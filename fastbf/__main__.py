@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -13,20 +12,7 @@ from torch import Tensor
 import fastbf
 from fastbf import functional, reference
 from fastbf.backend import OPS, explain
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _device() -> tuple[torch.device, str]:
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return torch.device("cuda"), f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
-    return torch.device("cpu"), f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+from fastbf.environment import device_name, version
 
 
 def _cases(device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
@@ -88,10 +74,10 @@ def self_check(device: torch.device) -> bool:
 
 def main() -> int:
     """Prints the report; the exit status is 0 if the self-check passes."""
-    device, name = _device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, {platform.system()}")
-    print(f"torch {torch.__version__}, triton {_version('triton')}")
-    print(f'device: {device.type}, {name}\n\nbackend="auto" chooses')
+    print(f"torch {torch.__version__}, triton {version('triton')}")
+    print(f'device: {device.type}, {device_name(device)}\n\nbackend="auto" chooses')
     sample = torch.empty(2, 8, device=device)
     for op in OPS:
         print(f"  {op:<24} {explain(op, sample)}")

@@ -17,7 +17,7 @@ def test_demo(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("fastbf ")
-    assert lines[1].startswith("backend of BatchFormer  torch: ")
+    assert lines[2].startswith("backend of BatchFormer  torch: ")
     assert "training: 100%" in result.stderr
     for group in ("all (120 to 2)", "many (120 to 50)", "medium (33 to 9)", "few (6 to 2)"):
         rows = [line for line in lines if line.strip().startswith(group)]
