@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import gemm, reference
-from fastbf.chunks import chunk_elements, compute_dtype, no_autocast
+from fastbf.chunks import chunk_elements, compute_dtype
+from fastbf.context import no_autocast
 from fastbf.dropout import Dropout, Site, attention_mask
 
 # On CPU, scores of a head from which its products are large enough to be quickest by themselves.

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import gemm, reference
-from fastbf.chunks import chunk_elements, compute_dtype, no_autocast
+from fastbf.chunks import chunk_elements, compute_dtype
+from fastbf.context import no_autocast
 
 _MIN_ROWS = 512
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.

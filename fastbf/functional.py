@@ -21,6 +21,7 @@ from torch import Tensor
 from fastbf import checks, chunked_attention, chunked_classifier, gemm, reference
 from fastbf.backend import choose
 from fastbf.chunks import compute_dtype
+from fastbf.context import autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, draw_seed, elementwise_mask
 
 ACTIVATIONS = ("relu", "gelu")
@@ -45,12 +46,11 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
     return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
-def _autocast(x: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts what a GEMM reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
@@ -62,8 +62,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Te
         batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
         o = F.scaled_dot_product_attention(*batch, scale=scale)
         return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
-    if torch.compiler.is_compiling():
-        # The compiler fuses the plain formula better than it sees through an autograd Function.
+    if traced():
         mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
         return reference.attention(q, k, v, scale=scale, mask=mask)
     return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed)
@@ -262,11 +261,13 @@ def encoder_layer(
         checks.shape(name, checks.floating(name, w), (rows, *columns))
         checks.shape(reference.LayerWeights._fields[2 * i + 1], b, (rows,))
     checks.same_device("x", x, weights._asdict())
+    if autocast_dtype(x) is None:
+        checks.same_dtype("x", x, {k: w for k, w in weights._asdict().items() if not k.startswith("norm")})
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     choose(backend, "encoder_layer", x)
     seed = _as_seed(seed, p, x.device)
-    hidden = x.new_empty((), dtype=_linear_dtype(x)).expand(*x.shape[:-1], width)
+    hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
     output = hidden[..., :1].expand(x.shape)
     return reference.encoder_layer(
         x,
@@ -287,11 +288,6 @@ def encoder_layer(
 
 def _layer_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: None, p: float, seed: Tensor) -> Tensor:
     return _attend(q, k, v, scale=scale, p=p, seed=seed)
-
-
-def _linear_dtype(x: Tensor) -> torch.dtype:
-    """What ``F.linear`` returns for x, under autocast or not."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def linear_cross_entropy(
@@ -355,6 +351,8 @@ def linear_cross_entropy(
         if t is not None:
             checks.shape(name, checks.floating(name, t), (num_classes,))
     checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
+    if autocast_dtype(input) is None:
+        checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
@@ -374,7 +372,7 @@ def linear_cross_entropy(
         "label_smoothing": label_smoothing,
     }
     unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
-    if unusual or torch.compiler.is_compiling():
+    if unusual or traced():
         repeated = torch.cat([target, target]) if forked else target
         terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
         loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
@@ -384,7 +382,7 @@ def linear_cross_entropy(
         )
     norm = norm.to(loss.dtype)
 
-    dtype = loss.dtype if torch.is_autocast_enabled(input.device.type) else _eager_dtype(x, logit_bias)
+    dtype = loss.dtype if autocast_dtype(input) else _eager_dtype(x, logit_bias)
     total = norm.sum() * (2 if forked else 1)
     reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
     result = reduced[reduction]()

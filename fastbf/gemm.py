@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from fastbf.context import traced
+
 
 def _onednn(*tensors: Tensor) -> bool:
     """Whether oneDNN serves a product of these matrices: plain CPU fp32 tensors in eager mode without autocast."""
@@ -21,7 +23,7 @@ def _onednn(*tensors: Tensor) -> bool:
             type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0
             for t in tensors
         )
-        and not torch.compiler.is_compiling()
+        and not traced()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

@@ -129,6 +129,39 @@ def test_compiles_as_one_graph(p):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_functional_transforms():
+    former, classifier = models(0.0)
+    x, y = batch()
+    loss = classifier.loss(former(x), y)
+    names = dict(former.named_parameters())
+
+    def of(parameters, x):
+        return classifier.loss(torch.func.functional_call(former, parameters, (x,)), y)
+
+    by_name, by_x = torch.func.grad(of, argnums=(0, 1))(names, x)
+    expected = torch.autograd.grad(loss, [x, *names.values()])
+    for a, e in zip([by_x, *by_name.values()], expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_on_the_meta_device():
+    former, classifier = (m.to("meta") for m in models())
+    x, y = (t.to("meta") for t in batch())
+    assert former(x).shape == (2 * N, C)
+    assert classifier.loss(former(x), y).shape == ()
+
+
+def test_double_precision_under_autocast_stays_exact():
+    former, _ = models(0.1)
+    former.double()
+    x, _ = batch(torch.float64)
+    torch.manual_seed(1)
+    expected = former(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(former(x), expected)
+
+
 def test_learns():
     torch.manual_seed(0)
     x = torch.randn(64, C)

@@ -124,6 +124,8 @@ CASES = [
     (lambda: entropy(linear_bias=X[0]), ValueError, r"linear_bias must have shape \(3,\), got \(8,\)"),
     (lambda: entropy(weight=Y[:3]), TypeError, "weight must have a floating-point dtype"),
     (lambda: entropy(label_smoothing=1.1), ValueError, "label_smoothing must lie in"),
+    (lambda: entropy(w=X[:3].double()), TypeError, "linear_weight must have the dtype of input, torch.float32"),
+    (lambda: former()(X.double()), TypeError, "in_proj_weight must have the dtype of x, torch.float64"),
     (lambda: entropy(x=X[0]), ValueError, r"input must be \(M, …, C\) with at least 2 dimensions"),
 ]
 
