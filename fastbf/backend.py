@@ -80,7 +80,8 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
         op = getattr(what, "op", None)
         if op not in OPS:
             raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
-        reason = what.parent_reason(*tensors) if hasattr(what, "parent_reason") else None
+        layers = [m for m in what.modules() if hasattr(m, "parent_reason")]
+        reason = next(filter(None, (layer.parent_reason() for layer in layers)), None)
         choice = choose(backend or what.backend, op, *tensors)
         return choice if reason is None else Choice("torch", reason)
     if what not in OPS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def min_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
 
 
 def shape(name: str, x: Tensor | None, expected: tuple[int, ...]) -> None:
-    if x is not None and tuple(x.shape) != expected:
+    if x is not None and tuple(tensor(name, x).shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
 
 
@@ -43,11 +45,25 @@ def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> Non
 
 
 def probability(name: str, p: float) -> float:
-    if isinstance(p, bool) or not isinstance(p, int | float):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{name} must be a number, got {type(p).__name__}")
     if not 0 <= p <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
     return float(p)
+
+
+def finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return int(value)
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -57,11 +73,9 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
 
 
 def positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
+    if integer(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def heads(width_name: str, width: int, heads_name: str, num_heads: int) -> None:

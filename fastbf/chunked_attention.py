@@ -24,8 +24,10 @@ _LONE_GROUP = 1 << 16
 def _tiles(groups: int, rows: int, columns: int, elements: int, lone: int) -> Iterator[tuple[slice, slice]]:
     """Cuts (groups, rows, columns) into pieces of up to ``elements``: several whole groups, or rows of one.
 
-    Groups of ``lone`` elements and more are taken one by one.
+    Groups of ``lone`` elements and more are taken one by one. Drawing decisions for a row takes the memory of at least
+    16 scores.
     """
+    columns = max(columns, 16)
     group_step = 1 if rows * columns >= lone else max(1, elements // (rows * columns))
     row_step = rows if group_step > 1 else min(rows, max(1, elements // columns))
     for g in range(0, groups, group_step):
@@ -57,30 +59,38 @@ class _Attention(Function):
         q, k, v, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            # Aliases: where one input was computed from another, only the direct dependence is wanted here.
+            q, k, v = (t.view_as(t) for t in (q, k, v))
             mask = attention_mask(Dropout(ctx.p, seed, compute_dtype(q.dtype)), q, k.shape[0])
             out = reference.attention(q, k, v, scale=ctx.scale, mask=mask).to(q.dtype)
             wanted = [t for t, need in zip((q, k, v), needs, strict=True) if need]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
             return *(next(grads) if need else None for need in needs), None, None, None
 
-        dq, dk, dv = (
-            torch.zeros(t.shape, dtype=compute_dtype(t.dtype), device=t.device) if need else None
-            for t, need in zip((q, k, v), needs, strict=True)
-        )
-        g, gq, gk, gv = (None if t is None else _batched(t) for t in (grad, dq, dk, dv))
-        for tile in _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p):
-            g_tile = g[tile.group, tile.row].to(gq.dtype if gq is not None else tile.q.dtype)
-            weights, mask = tile.weights(), tile.mask()
-            if needs[0] or needs[1]:
-                d_weights = gemm.bmm(g_tile, tile.v.mT).mul_(mask)
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                if needs[0]:
-                    gq[tile.group, tile.row] = gemm.bmm(d_scores, tile.k).mul_(ctx.scale)
-                if needs[1]:
-                    gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=ctx.scale)
-            if needs[2]:
-                gv[tile.group].add_(gemm.bmm(mask.mul_(weights).mT, g_tile))
-        return *(None if d is None else d.to(q.dtype) for d in (dq, dk, dv)), None, None, None
+        with no_autocast(grad):
+            return *_gradients(grad, q, k, v, seed, ctx.scale, ctx.p, needs), None, None, None
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float, needs: tuple[bool, ...]
+) -> Iterator[Tensor | None]:
+    """dq, dk and dv, None where not needed."""
+    dtype = compute_dtype(q.dtype)
+    totals = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v)]
+    g, gq, gk, gv = (_batched(t) for t in (grad, *totals))
+    for tile in _AttentionTiles(q, k, v, seed, scale, p):
+        g_tile = g[tile.group, tile.row].to(dtype)
+        weights, mask = tile.weights(), tile.mask()
+        if needs[0] or needs[1]:
+            d_weights = gemm.bmm(g_tile, tile.v.mT).mul_(mask)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, dtype)
+            if needs[0]:
+                gq[tile.group, tile.row] = gemm.bmm(d_scores, tile.k).mul_(scale)
+            if needs[1]:
+                gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
+        if needs[2]:
+            gv[tile.group].add_(gemm.bmm(mask.mul_(weights).mT, g_tile))
+    return (d.to(q.dtype) if need else None for d, need in zip(totals, needs, strict=True))
 
 
 class _AttentionTiles:

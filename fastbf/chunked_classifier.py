@@ -162,6 +162,10 @@ def _differentiable_backward(ctx, grad: Tensor):
     x, linear_weight, linear_bias, logit_bias, target, weight, *_ = ctx.saved_tensors
     scale, ignore_index, smoothing = ctx.options
     needs = ctx.needs_input_grad[:4]
+    # Aliases: where one input was computed from another, only the direct dependence is wanted here.
+    x, linear_weight, linear_bias, logit_bias = (
+        None if t is None else t.view_as(t) for t in (x, linear_weight, linear_bias, logit_bias)
+    )
     terms, _ = reference.linear_cross_entropy_terms(
         x,
         linear_weight,

@@ -110,12 +110,12 @@ class Dropout:
         counter = (block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site))
         words = philox(counter, self.keys)
         if self.p == 0.5:
-            byte = words.view(torch.uint8).flatten().to(torch.int32)
-            keep = self.table.index_select(0, byte)
+            byte = words.view(torch.uint8).flatten(-2)[..., : -(-columns // 8)]
+            keep = self.table.index_select(0, byte.flatten().to(torch.int32)).view(*shape, byte.shape[-1] * 8)
         else:
-            half = words.view(torch.int16).to(torch.int32) & 0xFFFF
+            half = words.view(torch.int16).flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF
             keep = (half >= drop).to(self.dtype).mul_(65536 / (65536 - drop))
-        return keep.view(*shape, block.numel() * width)[..., :columns]
+        return keep[..., :columns]
 
 
 def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:

@@ -43,7 +43,7 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
         return None
     if seed is None:
         return draw_seed(device)
-    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+    return seed.reshape(1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -115,7 +115,7 @@ def batch_attention(
     p = checks.probability("dropout_p", dropout_p)
     choose(backend, "batch_attention", q, k, v)
     q, k, v = _autocast(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
     return _attend(q, k, v, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
 
 
@@ -157,6 +157,7 @@ def dropout_add_layer_norm(
     checks.shape("bias", bias, (x.shape[-1],))
     checks.same_device("x", x, {"residual": residual, "weight": weight, "bias": bias})
     p = checks.probability("dropout_p", dropout_p)
+    eps = checks.finite("eps", eps)
     choose(backend, "dropout_add_layer_norm", x)
     mask = _mask(p, _as_seed(seed, p, x.device), Site.ATTENTION_OUTPUT, x)
     return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
@@ -265,6 +266,7 @@ def encoder_layer(
         checks.same_dtype("x", x, {k: w for k, w in weights._asdict().items() if not k.startswith("norm")})
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
+    eps = checks.finite("eps", eps)
     choose(backend, "encoder_layer", x)
     seed = _as_seed(seed, p, x.device)
     hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
@@ -323,7 +325,7 @@ def linear_cross_entropy(
         weight: (K,), a factor for each class, or None.
         logit_bias: (K,) or None, added to the logits (log class counts in Balanced Softmax; -inf switches a class
             off). Gets its gradient.
-        scale: multiplies the product (1/τ in a contrastive loss).
+        scale: a number that multiplies the product (1/τ in a contrastive loss). A learned one: multiply the input.
         reduction: "mean" (over the rows that are not ignored, weighted, as ``F.cross_entropy``), "sum" or "none".
         ignore_index: rows with this class index count nothing.
         label_smoothing: in [0, 1].
@@ -353,6 +355,8 @@ def linear_cross_entropy(
     checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
     if autocast_dtype(input) is None:
         checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+    checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
+    scale, ignore_index = checks.finite("scale", scale), checks.integer("ignore_index", ignore_index)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)

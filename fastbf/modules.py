@@ -3,8 +3,8 @@ classifier for both streams)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ def _check_process_group(process_group: object) -> None:
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
     """ "relu" or "gelu" for the activations that the fused layer covers, None for any other."""
-    if activation is F.relu or isinstance(activation, nn.ReLU):
+    if activation is F.relu or type(activation) is nn.ReLU:
         return "relu"
-    if activation is F.gelu or (isinstance(activation, nn.GELU) and activation.approximate == "none"):
+    if activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none"):
         return "gelu"
     return None
 
@@ -98,9 +98,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             TypeError: src is not a floating-point tensor.
         """
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
+        checks.floating("src", src)
         reason = "the call has an attention mask." if masked else self.parent_reason(src)
         if reason is None:
-            checks.floating("src", src)
             self._check(src)
             if choose(self.backend, self.op, src).backend == "torch" and not self.training:
                 reason = "PyTorch's own inference path is the quickest."
@@ -114,12 +114,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
     def parent_reason(self, src: Tensor | None = None) -> str | None:
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
-        inner = (self.self_attn.out_proj, self.linear1, self.linear2, self.norm1, self.norm2)
+        attention, norms = self.self_attn, (self.norm1, self.norm2)
         dropouts = (self.dropout, self.dropout1, self.dropout2)
         kinds = {
-            nn.MultiheadAttention: (self.self_attn,),
+            nn.MultiheadAttention: (attention,),
             nn.Linear: (self.linear1, self.linear2),
-            nn.LayerNorm: (self.norm1, self.norm2),
+            nn.LayerNorm: norms,
             nn.Dropout: dropouts,
         }
         if src is not None and src.is_nested:
@@ -128,8 +128,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "the activation is neither relu nor exact gelu."
         if any(type(m) is not kind for kind, group in kinds.items() for m in group):
             return "a module inside the layer was replaced."
-        if any(_has_hooks(m) for m in (self.self_attn, *inner, *dropouts)):
-            return "a module inside the layer has hooks."
+        if any(_is_altered(m) for m in self.modules() if m is not self):
+            return "a module inside the layer has hooks, or a forward of its own."
+        if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
+            return "the attention has extra keys or other widths for them."
+        if not all(norm.elementwise_affine for norm in norms):
+            return "a norm of the layer has no weight."
         if {self.self_attn.dropout, *(d.p for d in dropouts)} != {self.dropout.p}:
             return "the layer's dropouts have different rates."
         if {m.training for m in (self.self_attn, *dropouts)} != {self.training}:
@@ -179,8 +183,22 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
 
 
-def _has_hooks(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _is_altered(m: nn.Module) -> bool:
+    """Whether calling ``m`` would run more, or other, than the ``forward`` of its class."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(m)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, every part back in its own mode afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 class BatchFormer(nn.Module):
@@ -248,8 +266,7 @@ class BatchFormer(nn.Module):
         checks.heads("dim", dim, "num_heads", num_heads)
         checks.positive("num_layers", num_layers)
         for name, value in (("batch_dim", batch_dim), ("channel_dim", channel_dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            checks.integer(name, value)
         if batch_dim == channel_dim:
             raise ValueError(f"batch_dim and channel_dim must differ, got {batch_dim} for both")
         self.dim, self.batch_dim, self.channel_dim = dim, batch_dim, channel_dim
@@ -316,8 +333,8 @@ class BatchFormer(nn.Module):
         """
         x = self._front(features)
         positions = self._positions(features)
-        for layer in self.layers[:-1]:
-            x = layer._fused(x, 0.0)
+        with _evaluating(self.layers):
+            x = self._run(x, self.layers[:-1])
         weights = self.layers[-1].attention_map(x)
         return weights.view(*positions, *weights.shape[-3:])
 
@@ -391,7 +408,8 @@ class SharedClassifier(nn.Linear):
         device, dtype: of the parameters.
 
     Classes split over ranks are out of scope: every rank holds the whole weight. Neither counts nor weights of
-    classes are part of the ``state_dict``: it is that of ``nn.Linear``.
+    classes are part of the ``state_dict``: it is that of ``nn.Linear``. They are buffers all the same: a cast of the
+    module casts them, and ``to_empty`` after construction on the meta device loses them.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
@@ -420,9 +438,8 @@ class SharedClassifier(nn.Linear):
         checks.positive("num_classes", num_classes)
         super().__init__(in_features, num_classes, bias, device=device, dtype=dtype)
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
-        self.ignore_index, self.scale, self.backend = ignore_index, scale, check_backend(backend)
+        self.scale, self.backend = checks.finite("scale", scale), check_backend(backend)
+        self.ignore_index = checks.integer("ignore_index", ignore_index)
         counts = self._per_class("class_counts", class_counts)
         self.register_buffer("log_prior", None if counts is None else counts.log(), persistent=False)
         self.register_buffer("class_weight", self._per_class("class_weight", class_weight), persistent=False)
@@ -458,7 +475,13 @@ class SharedClassifier(nn.Linear):
 
         Raises:
             TypeError, ValueError: as :func:`fastbf.functional.linear_cross_entropy`.
+            RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
+                run in ``forward`` only; those of ``torch.nn.utils.parametrizations`` work.
         """
+        if self._forward_pre_hooks:
+            raise RuntimeError(
+                "SharedClassifier.loss runs no forward pre-hooks: use torch.nn.utils.parametrizations instead"
+            )
         self._check(features)
         return functional.linear_cross_entropy(
             features,

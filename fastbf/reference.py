@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbf.chunks import compute_dtype
+
 
 class LayerWeights(NamedTuple):
     """The tensors of an encoder layer, in the order and with the shapes of ``nn.TransformerEncoderLayer``."""
@@ -169,9 +171,14 @@ def linear_cross_entropy_terms(
     label_smoothing: float = 0.0,
 ) -> tuple[CrossEntropyTerms, Tensor]:
     """Cross-entropy of logits = scale · (input · Wᵀ + b) + logit_bias; the terms and the logits (M, K)."""
-    logits = class_logits(F.linear(input, linear_weight, linear_bias), scale, logit_bias)
+    product = F.linear(input, linear_weight, linear_bias)
+    logits = class_logits(product.to(compute_dtype(product.dtype)), scale, logit_bias)
     terms = cross_entropy_terms(
-        logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+        logits,
+        target,
+        weight=None if weight is None else weight.to(logits.dtype),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
     )
     return terms, logits
 

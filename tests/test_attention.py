@@ -141,3 +141,26 @@ def test_nothing_of_size_n_by_n_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         batch_attention(q, k, v, dropout_p=0.5)
     assert max(saved) < n * n
+
+
+def test_graph_of_the_gradient_when_inputs_depend_on_each_other():
+    x = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True)
+    out = batch_attention(x, 2 * x, x.sin(), dropout_p=0.5, seed=SEED).square().sum()
+    plain = torch.autograd.grad(out, x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(out, x, create_graph=True)[0], plain)
+
+
+def test_backward_inside_autocast_computes_as_forward_did():
+    q, k, v = inputs(20, 20, 2, 8, dtype=torch.float32)
+    out = batch_attention(q, k, v, dropout_p=0.5, seed=SEED).sum()
+    expected = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(out, (q, k, v))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_seeds_of_any_shape(shape):
+    q, k, v = inputs(6, 6, 2, 8)
+    out = batch_attention(q, k, v, dropout_p=0.1, seed=torch.full(shape, SEED))
+    assert torch.equal(out, batch_attention(q, k, v, dropout_p=0.1, seed=SEED))

@@ -137,3 +137,12 @@ def test_no_samples():
     out, labels = former(dropout=0.5)(torch.randn(0, 16, dtype=torch.float64), torch.zeros(0))
     assert out.shape == (0, 16)
     assert labels.shape == (0,)
+
+
+def test_attention_map_of_layers_outside_the_fused_path():
+    module = former(activation=torch.tanh, num_layers=3, dropout=0.5)
+    module.layers[1].dropout2.eval()
+    x = torch.randn(6, 16, dtype=torch.float64)
+    assert torch.equal(module.attention_map(x), module.attention_map(x))
+    assert module.layers[0].dropout2.training
+    assert not module.layers[1].dropout2.training

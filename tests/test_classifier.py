@@ -244,3 +244,31 @@ def test_logit_bias_of_another_precision():
     bias = torch.randn(K, dtype=torch.float64, requires_grad=True)
     ours, theirs = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=bias), written_out(x, w, y, b, bias)
     assert_same(ours, theirs, (x, w, b, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_graph_of_the_gradient_when_inputs_depend_on_each_other():
+    x = torch.randn(N, C, dtype=torch.float64, requires_grad=True)
+    loss = linear_cross_entropy(x, 2 * x, torch.arange(N))
+    plain = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, x, create_graph=True)[0], plain)
+
+
+def test_low_precision_with_class_weights_on_every_path():
+    module = fastbf.SharedClassifier(C, K, class_weight=range(1, K + 1), dtype=torch.bfloat16)
+    x, _, _, y = case(dtype=torch.bfloat16)
+    loss = module.loss(x, y)
+    plain = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    graphed = torch.autograd.grad(loss, x, create_graph=True)[0]
+    torch.testing.assert_close(graphed, plain)
+    assert module.loss(x[:0], y[:0]).isnan()
+    weighted = module.loss(x, F.one_hot(y, K).to(torch.bfloat16).requires_grad_())
+    assert weighted.dtype == torch.bfloat16
+
+
+def test_hooks_that_the_loss_would_skip_are_refused():
+    module = torch.nn.utils.spectral_norm(fastbf.SharedClassifier(C, K))
+    with pytest.raises(RuntimeError, match=r"use torch\.nn\.utils\.parametrizations"):
+        module.loss(torch.randn(N, C), torch.zeros(N, dtype=torch.long))
+    module = torch.nn.utils.parametrizations.spectral_norm(fastbf.SharedClassifier(C, K))
+    module.loss(torch.randn(N, C), torch.zeros(N, dtype=torch.long)).backward()
+    assert module.parametrizations.weight.original.grad.abs().max() > 0

@@ -1,7 +1,5 @@
 """What training code relies on: autocast, low precision, checkpointing, retain_graph, compile, data parallelism."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -177,9 +175,8 @@ def test_learns():
     assert (classifier(backbone(x)).argmax(-1) == y).float().mean() > 0.9
 
 
-def _data_parallel(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _data_parallel(rank, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     former, classifier = models(0.0)
     net = nn.parallel.DistributedDataParallel(nn.Sequential(former, classifier))
@@ -191,10 +188,10 @@ def _data_parallel(rank, port, results):
 
 
 @pytest.mark.slow
-def test_data_parallel_averages_gradients():
+def test_data_parallel_averages_gradients(tmp_path):
     manager = mp.Manager()
     results = manager.dict()
-    mp.spawn(_data_parallel, args=(29551, results), nprocs=2)
+    mp.spawn(_data_parallel, args=(tmp_path / "store", results), nprocs=2)
     torch.manual_seed(0)
     former, classifier = models(0.0)
     total = 0

@@ -126,6 +126,15 @@ CASES = [
     (lambda: entropy(label_smoothing=1.1), ValueError, "label_smoothing must lie in"),
     (lambda: entropy(w=X[:3].double()), TypeError, "linear_weight must have the dtype of input, torch.float32"),
     (lambda: former()(X.double()), TypeError, "in_proj_weight must have the dtype of x, torch.float64"),
+    (lambda: entropy(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor"),
+    (lambda: entropy(scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (lambda: entropy(ignore_index=None), TypeError, "ignore_index must be an int, got NoneType"),
+    (lambda: entropy(w=X[:0]), ValueError, "the number of classes, .* must be at least 1, got 0"),
+    (lambda: entropy(linear_bias=[1, 2, 3]), TypeError, "linear_bias must be a torch.Tensor, got list"),
+    (lambda: attention(scale="2"), TypeError, "scale must be a number, got str"),
+    (lambda: encoder(eps=None), TypeError, "eps must be a number, got NoneType"),
+    (lambda: encoder(change=1, value=[0] * 24), TypeError, "in_proj_bias must be a torch.Tensor, got list"),
+    (lambda: layer([1, 2]), TypeError, "src must be a torch.Tensor, got list"),
     (lambda: entropy(x=X[0]), ValueError, r"input must be \(M, …, C\) with at least 2 dimensions"),
 ]
 

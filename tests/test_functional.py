@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import fastbf
 from fastbf import functional
 from fastbf.dropout import Dropout, Site, elementwise_mask
+from tests.memory import PeakMemory
 
 SEED = torch.tensor([3])
 
@@ -49,3 +50,10 @@ def test_encoder_layer_is_the_modules():
     layer = fastbf.BatchFormerLayer(16, 4, 24, 0.0, dtype=torch.float64)
     x = features(7, 3, 16)
     torch.testing.assert_close(functional.encoder_layer(x, *layer._weights(), num_heads=4), layer(x))
+
+
+def test_drawing_for_few_samples_at_many_positions_takes_little_memory():
+    q = torch.randn(2, 4000, 8, 4)
+    with PeakMemory() as memory:
+        functional.batch_attention(q, q, q, dropout_p=0.5)
+    assert memory.peak < 100 * 2**20

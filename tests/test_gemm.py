@@ -54,3 +54,18 @@ def test_the_public_switch_turns_onednn_off():
         assert not gemm._onednn(x)
     assert gemm._onednn(x) == torch.backends.mkldnn.is_available()
     assert not gemm._onednn(x.double())
+
+
+@pytest.mark.parametrize("bias", [torch.randn(4, 6)[:, 2], torch.randn(1).expand(4), torch.randn(8)[::2]])
+def test_bias_of_any_stride(bias):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    torch.testing.assert_close(gemm.linear(x, w, bias), F.linear(x, w, bias))
+
+
+def test_error_at_the_papers_width():
+    """oneDNN adds up a long inner dimension in one go, MKL in blocks: its error must still stay within twice MKL's."""
+    a, b = torch.randn(64, 2048), torch.randn(2048, 2048)
+    exact = a.double() @ b.double()
+    with torch.no_grad():
+        ours, eager = ((r.double() - exact).norm() for r in (gemm.mm(a, b), a @ b))
+    assert ours <= 2 * eager + torch.finfo(torch.float32).eps * exact.norm()

@@ -121,6 +121,29 @@ def test_what_the_fused_layer_does_not_cover_falls_back():
         layer.dropout1 = nn.Identity()
     assert "replaced" in ours.parent_reason()
     assert_same(ours, theirs, x)
+    hooked = nn.ReLU()
+    hooked.register_forward_hook(lambda m, args, out: out * 2)
+    assert_same(*pair(activation=hooked), x)
+
+    class Leaky(nn.ReLU):
+        def forward(self, x):
+            return F.leaky_relu(x)
+
+    assert_same(*pair(activation=Leaky()), x)
+    ours, theirs = pair()
+    for layer in (ours, theirs):
+        layer.linear2.forward = lambda x: x[..., :24] * 3
+    assert "forward of its own" in ours.parent_reason()
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours, theirs = pair()
+    for layer in (ours, theirs):
+        layer.self_attn.add_zero_attn = True
+    assert "extra keys" in ours.parent_reason()
+    assert_same(ours, theirs, x)
+    ours, theirs = pair()
+    for layer in (ours, theirs):
+        layer.norm1 = nn.LayerNorm(24, elementwise_affine=False)
+    assert_same(ours, theirs, x)
     ours, _ = pair()
     ours.dropout2.p = 0.3
     assert "rates" in ours.parent_reason()
