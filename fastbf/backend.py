@@ -43,8 +43,8 @@ def _obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def choose(backend: str, op: str, *tensors: Tensor) -> Choice:
-    """The backend for one call of ``op`` on ``tensors``.
+def choose(backend: str, op: str, *tensors: Tensor, obstacle: str | None = None) -> Choice:
+    """The backend for one call of ``op`` on ``tensors``; ``obstacle`` is why the caller itself rules out a kernel.
 
     Raises:
         ValueError: an unknown backend, or "triton" for a call that no kernel covers; the message says why.
@@ -52,7 +52,7 @@ def choose(backend: str, op: str, *tensors: Tensor) -> Choice:
     check_backend(backend)
     if backend == "torch":
         return Choice("torch", "backend='torch' was asked for.")
-    obstacle = _obstacle(op, tensors)
+    obstacle = obstacle or _obstacle(op, tensors)
     if obstacle is None:
         return Choice("triton", f"a Triton kernel covers {op} for these tensors.")
     if backend == "triton":
@@ -82,8 +82,7 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
             raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
         layers = [m for m in what.modules() if hasattr(m, "parent_reason")]
         reason = next(filter(None, (layer.parent_reason() for layer in layers)), None)
-        choice = choose(backend or what.backend, op, *tensors)
-        return choice if reason is None else Choice("torch", reason)
+        return choose(backend or what.backend, op, *tensors, obstacle=reason)
     if what not in OPS:
         raise ValueError(f"what must be one of {', '.join(OPS)} or a module of fastbf, got {what!r}")
     return choose(backend or "auto", what, *tensors)

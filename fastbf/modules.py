@@ -102,11 +102,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         reason = "the call has an attention mask." if masked else self.parent_reason(src)
         if reason is None:
             self._check(src)
-            if choose(self.backend, self.op, src).backend == "torch" and not self.training:
-                reason = "PyTorch's own inference path is the quickest."
-        elif self.backend == "triton":
-            raise ValueError(f"backend='triton' cannot serve this call: {reason}")
-        if reason is not None:
+        choice = choose(self.backend, self.op, src, obstacle=reason)
+        # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
+        if reason is not None or (choice.backend == "torch" and not self.training):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
         out = self._fused(src.transpose(0, 1) if along_batch else src, self.dropout.p if self.training else 0.0)
