@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 # Bytes of scores, or of logits, worked on at a time. On CPU such a chunk stays in the outer caches (measured for
-# attention at N = 4096, C = 512: 4 to 16 MiB are within 5% of each other, 32 MiB and more take 1.4 times as long); on
+# attention at N = 4096, C = 512: 4 to 16 MiB are within 5% of each other, 32 MiB and more take 1.5 times as long); on
 # a GPU it bounds memory while every launch still fills the machine.
 _CPU_BYTES = 8 << 20
 _GPU_BYTES = 256 << 20
