@@ -4,7 +4,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench dist clean
+# The Triton of the oldest torch that is supported, beside the pinned one.
+OLD_TRITON := $(VENV)/triton-3.6.0
+
+.PHONY: demo test lint aot bench dist clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +19,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest tests
+
+$(OLD_TRITON): $(READY)
+	$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+aot: $(READY) $(OLD_TRITON)
+	$(RUN) -m tests.aot
+	PYTHONPATH=$(OLD_TRITON) $(RUN) -m tests.aot
 
 lint: $(READY)
 	$(RUN) -m ruff check .

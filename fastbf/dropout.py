@@ -12,6 +12,10 @@ Layout, which every kernel shares::
     group    position · H + head   (H = 1 outside attention)
     p = 0.5  column block = column // 128; word (column // 32) % 4; bit column % 32; keep where it is 1
     else     column block = column // 8;   word (column // 2) % 4;  half column % 2; keep where it is ≥ t
+
+t is :func:`threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and 2
+of the column change places with bits 3 and 4 first: the eight columns of a call are then those that one GPU thread
+holds of 32 in a tensor-core product, and it draws each number it needs once, in registers (``kernels/rng.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 7
+_ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -47,7 +52,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def threshold(p: float) -> int:
     """Of 65,536 equally likely values, how many mean "drop": the rate applied is this over 65,536."""
-    return round(p * 65536)
+    return round(p * _ALL)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
@@ -82,9 +87,9 @@ class Dropout:
     """
 
     def __init__(self, p: float, seed: Tensor, dtype: torch.dtype) -> None:
-        self.p, self.dtype, self.device = p, dtype, seed.device
+        self.drop, self.dtype, self.device = threshold(p), dtype, seed.device
         self.keys = round_keys(seed)
-        if p == 0.5:
+        if self.drop == _HALF:
             bits = torch.arange(256, device=self.device)[:, None] >> torch.arange(8, device=self.device)
             self.table = ((bits & 1) * 2).to(dtype)
 
@@ -100,21 +105,26 @@ class Dropout:
         Returns:
             (*broadcast shape of group and row, columns), in ``dtype``; p = 1 gives zeros.
         """
-        drop = threshold(self.p)
         shape = torch.broadcast_shapes(group.shape, row.shape)
-        if drop >= 65536:
+        if self.drop == _ALL:
             return torch.zeros((*shape, columns), dtype=self.dtype, device=self.device)
-        width = 128 if self.p == 0.5 else 8
-        block = torch.arange(-(-columns // width), device=self.device)
+        swapped = self.drop != _HALF and site == Site.ATTENTION
+        if swapped:  # four calls for 32 columns; the first calls alone have the first few
+            calls = min(-(-columns // 2), 4 * -(-columns // 32))
+        else:
+            calls = -(-columns // (128 if self.drop == _HALF else 8))
+        block = torch.arange(calls, device=self.device)
         group, row = group[..., None], row[..., None]
-        counter = (block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site))
-        words = philox(counter, self.keys)
-        if self.p == 0.5:
+        words = philox((block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site)), self.keys)
+        if self.drop == _HALF:
             byte = words.view(torch.uint8).flatten(-2)[..., : -(-columns // 8)]
             keep = self.table.index_select(0, byte.flatten().to(torch.int32)).view(*shape, byte.shape[-1] * 8)
         else:
-            half = words.view(torch.int16).flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF
-            keep = (half >= drop).to(self.dtype).mul_(65536 / (65536 - drop))
+            half = words.view(torch.int16)
+            if swapped:
+                half = half.view(*shape, -1, min(4, calls), 4, 2).transpose(-3, -2).flatten(-3)
+            half = half.flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF
+            keep = (half >= self.drop).to(self.dtype).mul_(_ALL / (_ALL - self.drop))
         return keep[..., :columns]
 
 

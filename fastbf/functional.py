@@ -54,8 +54,12 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """The torch backend's attention, by what is quickest: SDPA without dropout, else chunks."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str, scale: float, p: float, seed: Tensor | None) -> Tensor:
+    """Attention on the backend chosen; on torch by what is quickest: SDPA without dropout, else chunks."""
+    if backend == "triton":
+        from fastbf import autograd
+
+        return autograd.attention(q, k, v, scale=scale, p=p, seed=seed)
     if q.numel() == 0 or k.numel() == 0:
         return reference.attention(q, k, v, scale=scale)
     if p == 0:
@@ -113,10 +117,10 @@ def batch_attention(
     checks.shape("k", k, (k.shape[0], *q.shape[1:]))
     checks.shape("v", v, tuple(k.shape))
     p = checks.probability("dropout_p", dropout_p)
-    choose(backend, "batch_attention", q, k, v)
+    choice = choose(backend, "batch_attention", q, k, v)
     q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
-    return _attend(q, k, v, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
+    return _attend(q, k, v, backend=choice.backend, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
 
 
 def dropout_add_layer_norm(
@@ -267,7 +271,7 @@ def encoder_layer(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    choose(backend, "encoder_layer", x)
+    choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
     seed = _as_seed(seed, p, x.device)
     hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
     output = hidden[..., :1].expand(x.shape)
@@ -283,13 +287,19 @@ def encoder_layer(
             activation=_mask(p, seed, Site.ACTIVATION, hidden),
             feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
         ),
-        attention=partial(_layer_attention, p=p, seed=seed),
+        self_attention=partial(_self_attend, backend=choice.backend, p=p, seed=seed),
         linear=gemm.linear,
     )
 
 
-def _layer_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: None, p: float, seed: Tensor) -> Tensor:
-    return _attend(q, k, v, scale=scale, p=p, seed=seed)
+def _self_attend(qkv: Tensor, num_heads: int, *, mask: None, backend: str, p: float, seed: Tensor | None) -> Tensor:
+    """(N, …, 3C) → (N, …, H, D); the kernels read q, k and v where the GEMM left them."""
+    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    if backend == "triton":
+        from fastbf import autograd
+
+        return autograd.self_attention(qkv, num_heads, scale=scale, p=p, seed=seed)
+    return _attend(*reference.split_qkv(qkv, num_heads), backend=backend, scale=scale, p=p, seed=seed)
 
 
 def linear_cross_entropy(

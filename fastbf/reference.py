@@ -77,6 +77,12 @@ def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None
     return _drop(F.relu(x) if activation == "relu" else F.gelu(x), mask)
 
 
+def self_attention(qkv: Tensor, num_heads: int, *, mask: Tensor | None = None) -> Tensor:
+    """Attention of the batch to itself. qkv (N, …, 3C) as :func:`split_qkv` takes it → (N, …, H, D)."""
+    q, k, v = split_qkv(qkv, num_heads)
+    return attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+
+
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """The q, k, v that one GEMM left side by side in (N, …, 3C): three (N, …, H, D) views."""
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
@@ -91,19 +97,19 @@ def encoder_layer(
     norm_first: bool,
     eps: float,
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
-    attention: Callable[..., Tensor] = attention,
+    self_attention: Callable[..., Tensor] = self_attention,
     linear: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
     """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C).
 
-    ``attention(q, k, v, scale=, mask=)`` and ``linear(x, weight, bias)`` compute what their names say; a backend
+    ``self_attention(qkv, num_heads, mask=)`` and ``linear(x, weight, bias)`` compute what their names say; a backend
     passes quicker ones than these defaults.
     """
     w = weights
 
-    def self_attention(x: Tensor) -> Tensor:
-        q, k, v = split_qkv(linear(x, w.in_proj_weight, w.in_proj_bias), num_heads)
-        o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
+    def attend(x: Tensor) -> Tensor:
+        qkv = linear(x, w.in_proj_weight, w.in_proj_bias)
+        o = self_attention(qkv, num_heads, mask=masks.attention)
         return linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
 
     def feedforward(z: Tensor) -> Tensor:
@@ -112,12 +118,10 @@ def encoder_layer(
 
     channels = (x.shape[-1],)
     if norm_first:
-        x = x + _drop(
-            self_attention(F.layer_norm(x, channels, w.norm1_weight, w.norm1_bias, eps)), masks.attention_output
-        )
+        x = x + _drop(attend(F.layer_norm(x, channels, w.norm1_weight, w.norm1_bias, eps)), masks.attention_output)
         z = F.layer_norm(x, channels, w.norm2_weight, w.norm2_bias, eps)
         return x + _drop(feedforward(z), masks.feedforward_output)
-    z = dropout_add_layer_norm(self_attention(x), x, w.norm1_weight, w.norm1_bias, eps=eps, mask=masks.attention_output)
+    z = dropout_add_layer_norm(attend(x), x, w.norm1_weight, w.norm1_bias, eps=eps, mask=masks.attention_output)
     return dropout_add_layer_norm(
         feedforward(z), z, w.norm2_weight, w.norm2_bias, eps=eps, mask=masks.feedforward_output
     )

@@ -25,6 +25,9 @@ def philox_by_hand(counter, seed):
 
 def keeps_by_hand(p, seed, site, group, row, column):
     """One decision, from the layout that fastbf.dropout documents."""
+    if p != 0.5 and site == Site.ATTENTION:
+        rest, (high, low, last) = column // 32, (column // 8 % 4, column // 2 % 4, column % 2)
+        column = 32 * rest + 8 * low + 2 * high + last
     width = 128 if p == 0.5 else 8
     words = philox_by_hand((column // width, row, group & LOW, (group >> 32) * 4 + site), seed)
     if p == 0.5:
@@ -74,6 +77,10 @@ def test_the_threshold_itself_is_kept():
     assert draw((half + 1) / 65536, [0], [0], 1) == 0
 
 
+def test_every_rate_that_rounds_to_one_half_is_one_half():
+    assert torch.equal(draw(0.5, [3], range(9), 200), draw(0.500001, [3], range(9), 200))
+
+
 def test_p_one_gives_zeros():
     assert not draw(1.0, [0], range(3), 5).any()
 
@@ -98,6 +105,8 @@ def test_neighbours_sites_and_successive_seeds_are_uncorrelated(p):
         "column": base.roll(1, 2),
         "word": base.roll(32, 2),
         "head": base.roll(1, 0),
+        "position": base.roll(2, 0),
+        "call": base.roll(8, 2),
         "seed": (draw(p, range(4), range(256), 512, seed=SEED + 1) > 0).double() - keep,
         "site": (draw(p, range(4), range(256), 512, site=Site.ACTIVATION) > 0).double() - keep,
     }

@@ -1,0 +1,592 @@
+"""Attention along the batch axis, forward and backward.
+
+Every (position, head) pair is a *group*, an attention problem of its own: queries [N, D] against keys and values
+[M, D]. Two schedules:
+
+*streaming*  one program for a tile of BM queries of one group walks over the keys in tiles of BN, with the online
+             softmax of Milakov and Gimelshein (arXiv 1805.02867). Where all keys fit one tile the loop runs once, and
+             the whole score row is resident. Backward recomputes the weights from the saved log-sum-exp: one kernel
+             walks over keys for dq, one over queries for dk and dv (Dao et al., arXiv 2205.14135), so that every sum
+             has a fixed order and nothing is added atomically.
+*packed*     N and M at most 32, usually at many positions: as many whole groups as fit share one tile; scores between
+             different groups are masked. The tensor cores compute them for nothing, as memory is the limit. One
+             program does a whole group, so nothing is saved for backward but the inputs.
+
+The head dimension is cut into chunks of BD channels (NC of them), so that no chunk is padded by more than to the next
+multiple of BD, and a tile of 512 channels is several accumulators, not one.
+
+Shapes: q, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; o (N, L, H, D) contiguous;
+lse and delta (L·H, N) fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of
+q's batch, position and head; p_ marks a pointer. Offsets are 64-bit.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbf.kernels.attention_configs import Config, config_for, device_limits, key_value_passes, packed_slots, schedule
+from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES, keep_each, keep_tile
+
+LOG2_E = 1.4426950408889634
+
+# No value of these compiles a kernel anew: lengths, strides.
+_TENSORS = ("q", "k", "v", "do", "dq", "dk")
+_RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold"]
+_RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "nlh"]
+
+
+@triton.jit
+def _stride(stride):
+    """Tells the compiler that a stride is a multiple of 8 elements, so that it loads 16 bytes at once."""
+    return stride // 8 * 8
+
+
+@triton.jit
+def _base(position, head, s_l, s_h):
+    """Offset of a group's first element."""
+    return position * _stride(s_l) + head * _stride(s_h)
+
+
+@triton.jit
+def _rows(rows, s_n, BD: tl.constexpr):
+    """Offsets [R, BD] of rows [R] of a group, first chunk."""
+    return rows[:, None] * _stride(s_n) + tl.arange(0, BD)[None, :]
+
+
+@triton.jit
+def _load(pointers, m_rows, chunk, D: tl.constexpr, BD: tl.constexpr):
+    """[R, BD]: a chunk of rows, zeros past their end and past the last channel."""
+    if D % BD == 0:
+        return tl.load(pointers + chunk * BD, mask=m_rows[:, None], other=0.0)
+    else:
+        m_channels = chunk * BD + tl.arange(0, BD) < D
+        return tl.load(pointers + chunk * BD, mask=m_rows[:, None] & m_channels[None, :], other=0.0)
+
+
+@triton.jit
+def _store(pointers, values, m_rows, chunk, D: tl.constexpr, BD: tl.constexpr):
+    values = values.to(pointers.dtype.element_ty)
+    if D % BD == 0:
+        tl.store(pointers + chunk * BD, values, mask=m_rows[:, None])
+    else:
+        m_channels = chunk * BD + tl.arange(0, BD) < D
+        tl.store(pointers + chunk * BD, values, mask=m_rows[:, None] & m_channels[None, :])
+
+
+@triton.jit
+def _load_all(pointers, m_rows, D: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
+    """Every chunk of rows: NC times [R, BD]."""
+    chunks = ()
+    for c in tl.static_range(NC):
+        chunks += (_load(pointers, m_rows, c, D, BD),)
+    return chunks
+
+
+@triton.jit
+def _product(b_a, b_b, s, m_a, m_b, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """s + a bᵀ [RA, RB], one chunk of a [RA, D] and b [RB, D] in shared memory at a time."""
+    for c in range((D + BD - 1) // BD):
+        s = tl.dot(_load(b_a, m_a, c, D, BD), tl.trans(_load(b_b, m_b, c, D, BD)), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _zeros(R: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
+    chunks = ()
+    for _ in tl.static_range(NC):
+        chunks += (tl.zeros((R, BD), tl.float32),)
+    return chunks
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def forward_streaming(
+    p_q, p_k, p_v, p_o, p_lse, p_seed,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, tiles: tl.int32,
+    scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
+    s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
+    s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
+    s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉."""
+    NC: tl.constexpr = (D + BD - 1) // BD
+    program = tl.program_id(0)
+    group = program // tiles
+    position, head = group // H, group % H
+    group = group.to(tl.int64)
+    rows = program % tiles * BM + tl.arange(0, BM)
+    keys = tl.arange(0, BN)
+    m_rows = rows < N
+    if KEEP != KEEP_ALL:
+        seed = tl.load(p_seed)
+
+    q = _load_all(p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD), m_rows, D, BD, NC)
+    b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+    b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+    acc = _zeros(BM, BD, NC)
+    maximum = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, M, BN):
+        m_keys = start + keys < M
+        s = tl.zeros((BM, BN), tl.float32)
+        for c in tl.static_range(NC):
+            k = _load(b_k, m_keys, c, D, BD)
+            s = tl.dot(q[c], tl.trans(k), s, input_precision=PRECISION)
+        s = tl.where(m_keys[None, :], s * scale_log2, float("-inf"))  # [BM, BN]
+        new_maximum = tl.maximum(maximum, tl.max(s, 1))
+        rescale = tl.exp2(maximum - new_maximum)
+        p = tl.exp2(s - new_maximum[:, None])
+        total = total * rescale + tl.sum(p, 1)
+        maximum = new_maximum
+        if KEEP != KEEP_ALL:
+            p *= tl.where(keep_tile(seed, group, rows, start, threshold, BN, KEEP), keep_scale, 0.0)
+        p = p.to(p_v.dtype.element_ty)
+        new_acc = ()
+        for c in tl.static_range(NC):
+            v = _load(b_v, m_keys, c, D, BD)
+            new_acc += (tl.dot(p, v, acc[c] * rescale[:, None], input_precision=PRECISION),)
+        acc = new_acc
+        b_k += BN * _stride(s_kn)
+        b_v += BN * _stride(s_vn)
+
+    b_o = p_o + group * D + _rows(rows, groups.to(tl.int64) * D, BD)
+    for c in tl.static_range(NC):
+        _store(b_o, acc[c] / total[:, None], m_rows, c, D, BD)
+    tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_query(
+    p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_seed,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, tiles: tl.int32,
+    scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
+    s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
+    s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
+    s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_don: tl.int64, s_dol: tl.int64, s_doh: tl.int64,
+    s_dqn: tl.int64, s_dql: tl.int64, s_dqh: tl.int64,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, NEEDS_DQ: tl.constexpr,
+):  # fmt: skip
+    """A tile of BM queries of one group: delta = rowsum(do ∘ o), and dq if NEEDS_DQ. Grid as forward_streaming's."""
+    NC: tl.constexpr = (D + BD - 1) // BD
+    program = tl.program_id(0)
+    group = program // tiles
+    position, head = group // H, group % H
+    group = group.to(tl.int64)
+    rows = program % tiles * BM + tl.arange(0, BM)
+    keys = tl.arange(0, BN)
+    m_rows = rows < N
+
+    b_o = p_o + group * D + _rows(rows, groups.to(tl.int64) * D, BD)
+    b_do = p_do + _base(position, head, s_dol, s_doh) + _rows(rows, s_don, BD)
+    do = ()
+    delta = tl.zeros((BM,), tl.float32)
+    for c in tl.static_range(NC):
+        do += (_load(b_do, m_rows, c, D, BD),)
+        o = _load(b_o, m_rows, c, D, BD)
+        delta += tl.sum(o.to(tl.float32) * do[c].to(tl.float32), 1)
+    tl.store(p_delta + group * N + rows, delta, mask=m_rows)
+
+    if NEEDS_DQ:
+        if KEEP != KEEP_ALL:
+            seed = tl.load(p_seed)
+        b_q = p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD)
+        b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+        b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+        if not RELOAD:
+            q = _load_all(b_q, m_rows, D, BD, NC)
+        lse = tl.load(p_lse + group * N + rows, mask=m_rows, other=0.0)
+        dq = _zeros(BM, BD, NC)
+        for start in range(0, M, BN):
+            m_keys = start + keys < M
+            s = tl.zeros((BM, BN), tl.float32)
+            dp = tl.zeros((BM, BN), tl.float32)
+            k = ()
+            if RELOAD:
+                s = _product(b_q, b_k, s, m_rows, m_keys, D, BD, PRECISION)
+                dp = _product(b_do, b_v, dp, m_rows, m_keys, D, BD, PRECISION)
+            else:
+                for c in tl.static_range(NC):
+                    k += (_load(b_k, m_keys, c, D, BD),)
+                    s = tl.dot(q[c], tl.trans(k[c]), s, input_precision=PRECISION)
+                for c in tl.static_range(NC):
+                    v = _load(b_v, m_keys, c, D, BD)
+                    dp = tl.dot(do[c], tl.trans(v), dp, input_precision=PRECISION)
+            p = tl.where(m_keys[None, :], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
+            if KEEP != KEEP_ALL:
+                dp *= tl.where(keep_tile(seed, group, rows, start, threshold, BN, KEEP), keep_scale, 0.0)
+            ds = (p * (dp - delta[:, None])).to(p_q.dtype.element_ty)
+            new_dq = ()
+            for c in tl.static_range(NC):
+                k_c = _load(b_k, m_keys, c, D, BD) if RELOAD else k[c]
+                new_dq += (tl.dot(ds, k_c, dq[c], input_precision=PRECISION),)
+            dq = new_dq
+            b_k += BN * _stride(s_kn)
+            b_v += BN * _stride(s_vn)
+
+        b_dq = p_dq + _base(position, head, s_dql, s_dqh) + _rows(rows, s_dqn, BD)
+        for c in tl.static_range(NC):
+            _store(b_dq, dq[c] * scale, m_rows, c, D, BD)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_key_value(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_seed,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
+    scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
+    s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
+    s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
+    s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_don: tl.int64, s_dol: tl.int64, s_doh: tl.int64,
+    s_dkn: tl.int64, s_dkl: tl.int64, s_dkh: tl.int64,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
+):  # fmt: skip
+    """A tile of BN keys of one group: dk if NEEDS_DK and dv if NEEDS_DV, which share their strides.
+
+    Grid: groups · tiles, tiles = ⌈M / BN⌉.
+
+    Scores stand as in forward, queries by keys: a transposed tile would draw every dropout decision of a Philox call
+    in another thread.
+    """
+    NC: tl.constexpr = (D + BD - 1) // BD
+    program = tl.program_id(0)
+    group = program // tiles
+    position, head = group // H, group % H
+    group = group.to(tl.int64)
+    first_key = program % tiles * BN
+    keys = first_key + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    m_keys = keys < M
+    if KEEP != KEEP_ALL:
+        seed = tl.load(p_seed)
+
+    b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+    b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+    if not RELOAD:
+        k, v = _load_all(b_k, m_keys, D, BD, NC), _load_all(b_v, m_keys, D, BD, NC)
+    b_q = p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD)
+    b_do = p_do + _base(position, head, s_dol, s_doh) + _rows(rows, s_don, BD)
+    dk = _zeros(BN, BD, NC)
+    dv = _zeros(BN, BD, NC)
+    for start in range(0, N, BM):
+        m_rows = start + rows < N
+        s = tl.zeros((BM, BN), tl.float32)
+        dp = tl.zeros((BM, BN), tl.float32)
+        q, do = (), ()
+        if RELOAD:
+            s = _product(b_q, b_k, s, m_rows, m_keys, D, BD, PRECISION)
+            if NEEDS_DK:
+                dp = _product(b_do, b_v, dp, m_rows, m_keys, D, BD, PRECISION)
+        else:
+            for c in tl.static_range(NC):
+                q += (_load(b_q, m_rows, c, D, BD),)
+                s = tl.dot(q[c], tl.trans(k[c]), s, input_precision=PRECISION)
+            for c in tl.static_range(NC):
+                do += (_load(b_do, m_rows, c, D, BD),)
+                if NEEDS_DK:
+                    dp = tl.dot(do[c], tl.trans(v[c]), dp, input_precision=PRECISION)
+        lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=float("inf"))
+        delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
+        p = tl.exp2(s * scale_log2 - lse[:, None])  # [BM, BN], 0 past the last query
+        if KEEP != KEEP_ALL:
+            mask = tl.where(keep_tile(seed, group, start + rows, first_key, threshold, BN, KEEP), keep_scale, 0.0)
+            ds = p * (dp * mask - delta[:, None])
+            p *= mask
+        else:
+            ds = p * (dp - delta[:, None])
+        if NEEDS_DV:
+            p = tl.trans(p.to(p_do.dtype.element_ty))
+            new_dv = ()
+            for c in tl.static_range(NC):
+                do_c = _load(b_do, m_rows, c, D, BD) if RELOAD else do[c]
+                new_dv += (tl.dot(p, do_c, dv[c], input_precision=PRECISION),)
+            dv = new_dv
+        if NEEDS_DK:
+            ds = tl.trans(ds.to(p_q.dtype.element_ty))
+            new_dk = ()
+            for c in tl.static_range(NC):
+                q_c = _load(b_q, m_rows, c, D, BD) if RELOAD else q[c]
+                new_dk += (tl.dot(ds, q_c, dk[c], input_precision=PRECISION),)
+            dk = new_dk
+        b_q += BM * _stride(s_qn)
+        b_do += BM * _stride(s_don)
+
+    o_dk = _base(position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
+    for c in tl.static_range(NC):
+        if NEEDS_DK:
+            _store(p_dk + o_dk, dk[c] * scale, m_keys, c, D, BD)
+        if NEEDS_DV:
+            _store(p_dv + o_dk, dv[c], m_keys, c, D, BD)
+
+
+@triton.jit
+def _slots(first_group, groups, count, slots, H, B: tl.constexpr):
+    """A packed tile's rows [B], ``count`` to a group: slot, index in the group, position, head, whether it exists."""
+    place = tl.arange(0, B)
+    slot = place * ((65535 + count) // count) >> 16  # place // count, exact for the 128 places and 32 rows there can be
+    head = first_group % H + slot
+    position = first_group // H + head // H
+    return slot, place - slot * count, position, head % H, (slot < slots) & (first_group + slot < groups)
+
+
+@triton.jit
+def _dot_within(a, b, slot_rows, slot_inner, slots, PRECISION: tl.constexpr):
+    """a [R, K] · b [K, BD], a being 0 between different slots; what is not finite in b stays in its slot (0 · NaN)."""
+    out = tl.dot(a, b, input_precision=PRECISION)
+    if tl.sum(tl.sum(out * 0.0, 1), 0) != 0.0:
+        for slot in range(slots):
+            own = tl.dot(a, tl.where((slot_inner == slot)[:, None], b, 0.0), input_precision=PRECISION)
+            out = tl.where((slot_rows == slot)[:, None], own, out)
+    return out
+
+
+@triton.jit
+def _packed_softmax(s, same, m_rows, scale_log2):
+    """Softmax [BM, BN] of raw scores within slots; zeros between them, and in rows that hold no query."""
+    s = tl.where(same, s * scale_log2, float("-inf"))
+    p = tl.exp2(s - tl.where(m_rows, tl.max(s, 1), 0.0)[:, None])
+    total = tl.where(m_rows, tl.sum(tl.where(same, p, 0.0), 1), 1.0)
+    return tl.where(same, p * (1.0 / total)[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def forward_packed(
+    p_q, p_k, p_v, p_o, p_seed,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
+    scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
+    s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
+    s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
+    s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉."""
+    NC: tl.constexpr = (D + BD - 1) // BD
+    first_group = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(first_group, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(first_group, groups, M, slots, H, BN)
+    same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
+
+    b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
+    b_k = p_k + _base(k_position, k_head, s_kl, s_kh)[:, None] + _rows(k_row, s_kn, BD)
+    b_v = p_v + _base(k_position, k_head, s_vl, s_vh)[:, None] + _rows(k_row, s_vn, BD)
+    if NC == 1:  # under way while the scores are computed
+        v = _load(b_v, m_keys, 0, D, BD)
+    s = tl.zeros((BM, BN), tl.float32)
+    for c in range(NC):
+        s = tl.dot(_load(b_q, m_rows, c, D, BD), tl.trans(_load(b_k, m_keys, c, D, BD)), s, input_precision=PRECISION)
+    p = _packed_softmax(s, same, m_rows, scale_log2)
+    if KEEP != KEEP_ALL:
+        keep = keep_each(tl.load(p_seed), (first_group + q_slot).to(tl.int64), q_row, k_row, threshold, KEEP)
+        p *= tl.where(keep, keep_scale, 0.0)
+    p = p.to(p_v.dtype.element_ty)
+
+    b_o = p_o + ((first_group + q_slot).to(tl.int64) * D)[:, None] + _rows(q_row, groups.to(tl.int64) * D, BD)
+    for c in range(NC):
+        if NC > 1:
+            v = _load(b_v, m_keys, c, D, BD)
+        o = _dot_within(p, v, q_slot, k_slot, slots, PRECISION)
+        _store(b_o, o, m_rows, c, D, BD)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_packed(
+    p_q, p_k, p_v, p_do, p_dq, p_dk, p_dv, p_seed,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
+    scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
+    s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
+    s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
+    s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_don: tl.int64, s_dol: tl.int64, s_doh: tl.int64,
+    s_dqn: tl.int64, s_dql: tl.int64, s_dqh: tl.int64,
+    s_dkn: tl.int64, s_dkl: tl.int64, s_dkh: tl.int64,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉."""
+    NC: tl.constexpr = (D + BD - 1) // BD
+    first_group = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(first_group, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(first_group, groups, M, slots, H, BN)
+    same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
+
+    b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
+    b_k = p_k + _base(k_position, k_head, s_kl, s_kh)[:, None] + _rows(k_row, s_kn, BD)
+    b_v = p_v + _base(k_position, k_head, s_vl, s_vh)[:, None] + _rows(k_row, s_vn, BD)
+    b_do = p_do + _base(q_position, q_head, s_dol, s_doh)[:, None] + _rows(q_row, s_don, BD)
+    s = tl.zeros((BM, BN), tl.float32)
+    dp = tl.zeros((BM, BN), tl.float32)
+    for c in range(NC):
+        s = tl.dot(_load(b_q, m_rows, c, D, BD), tl.trans(_load(b_k, m_keys, c, D, BD)), s, input_precision=PRECISION)
+        dp = tl.dot(
+            _load(b_do, m_rows, c, D, BD), tl.trans(_load(b_v, m_keys, c, D, BD)), dp, input_precision=PRECISION
+        )
+    p = _packed_softmax(s, same, m_rows, scale_log2)
+    dp = tl.where(same, dp, 0.0)
+    kept = p
+    if KEEP != KEEP_ALL:
+        keep = keep_each(tl.load(p_seed), (first_group + q_slot).to(tl.int64), q_row, k_row, threshold, KEEP)
+        mask = tl.where(keep, keep_scale, 0.0)
+        dp *= mask
+        kept = p * mask
+    ds = tl.where(same, p * (dp - tl.sum(p * dp, 1)[:, None]), 0.0).to(p_q.dtype.element_ty)
+    kept = kept.to(p_do.dtype.element_ty)
+
+    b_dq = p_dq + _base(q_position, q_head, s_dql, s_dqh)[:, None] + _rows(q_row, s_dqn, BD)
+    o_dk = _base(k_position, k_head, s_dkl, s_dkh)[:, None] + _rows(k_row, s_dkn, BD)
+    for c in range(NC):
+        dq = _dot_within(ds, _load(b_k, m_keys, c, D, BD), q_slot, k_slot, slots, PRECISION)
+        _store(b_dq, dq * scale, m_rows, c, D, BD)
+        dk = _dot_within(tl.trans(ds), _load(b_q, m_rows, c, D, BD), k_slot, q_slot, slots, PRECISION)
+        _store(p_dk + o_dk, dk * scale, m_keys, c, D, BD)
+        dv = _dot_within(tl.trans(kept), _load(b_do, m_rows, c, D, BD), k_slot, q_slot, slots, PRECISION)
+        _store(p_dv + o_dk, dv, m_keys, c, D, BD)
+
+
+def _layout(x: Tensor) -> Tensor:
+    """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy where rows do not start at 16 bytes."""
+    x = x.unsqueeze(1) if x.dim() == 3 else x.flatten(1, -3)
+    steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if x.stride(-1) != 1 or any(step % 8 for step in steps[:-1]) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Batch, position and head stride; 0 along a dimension of one, whose stride may be anything."""
+    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+
+
+def _constants(x: Tensor, threshold: int) -> dict[str, object]:
+    """The compile-time arguments that every kernel takes, tiles aside."""
+    keep = {0: KEEP_ALL, 32768: KEEP_BITS}.get(threshold, KEEP_HALVES)
+    # fp32 products in TF32 only where PyTorch's own are (DESIGN section 5).
+    tf32 = x.dtype != torch.float32 or (x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return {"D": x.shape[-1], "KEEP": keep.value, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def _keep_scale(threshold: int) -> float:
+    """What a kept weight is multiplied by; nothing is kept at 65,536."""
+    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+def _launch(kernel, config: Config, programs: int, arguments: tuple, constants: dict[str, object]) -> None:
+    q = arguments[0]
+    device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+    with device:
+        kernel[(programs,)](
+            *arguments,
+            **constants,
+            BM=config.block_m,
+            BN=config.block_n,
+            BD=config.block_d,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def choose(kernel: str, q: Tensor, m: int) -> Config:
+    """The table's tiles for q (N, L, H, D) against m keys on q's device."""
+    n, positions, heads, head_dim = q.shape
+    return config_for(kernel, n, m, positions * heads, head_dim, q.dtype.itemsize, device_limits(q.device))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *, scale: float, threshold: int
+) -> tuple[Tensor, Tensor | None]:
+    """o and what backward needs besides the inputs.
+
+    Args:
+        q: (N, …, H, D), fp32, fp16 or bf16; N ≥ 1, D a multiple of 8 and at most 512.
+        k: (M, …, H, D), M ≥ 1, q's dtype and device; v likewise.
+        seed: int64, one element, on q's device; None only if nothing is dropped.
+        scale: of the scores.
+        threshold: of 65,536, how many values mean "drop".
+
+    Returns:
+        o (N, …, H, D), contiguous, and the log-sum-exp (positions · H, N) in fp32, None from the packed schedule.
+    """
+    shape = q.shape
+    q, k, v = _layout(q), _layout(k), _layout(v)
+    n, positions, heads, _ = q.shape
+    m, groups = k.shape[0], positions * heads
+    o = torch.empty(shape, dtype=q.dtype, device=q.device)
+    numbers = (scale * LOG2_E, threshold, _keep_scale(threshold))
+    strides = (*_strides(q), *_strides(k), *_strides(v))
+    constants = _constants(q, threshold)
+    seed = o if seed is None else seed
+    if schedule(n, m) == "packed":
+        config = choose("forward_packed", q, m)
+        slots = packed_slots(config, n, m)
+        arguments = (q, k, v, o, seed, n, m, heads, groups, slots, *numbers, *strides)
+        _launch(forward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        return o, None
+    config = choose("forward_streaming", q, m)
+    lse = torch.empty(groups, n, dtype=torch.float32, device=q.device)
+    tiles = triton.cdiv(n, config.block_m)
+    arguments = (q, k, v, o, lse, seed, n, m, heads, groups, tiles, *numbers, *strides)
+    _launch(forward_streaming, config, groups * tiles, arguments, constants)
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    seed: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    scale: float,
+    threshold: int,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> None:
+    """Writes dq, dk and dv.
+
+    Args:
+        do: (N, …, H, D), any strides.
+        q, k, v, seed, scale, threshold: as they were in :func:`forward`; o and lse as it returned them.
+        dq: (N, …, H, D) to write to, channels contiguous, rows at multiples of 16 bytes; dk and dv (M, …, H, D)
+            likewise, with equal strides.
+        needs: whether dq, dk and dv are wanted; the packed schedule writes all, the other leaves the rest as it is.
+    """
+    do, q, k, v = _layout(do), _layout(q), _layout(k), _layout(v)
+    dq, dk, dv = (x.unsqueeze(1) if x.dim() == 3 else x.flatten(1, -3) for x in (dq, dk, dv))
+    n, positions, heads, _ = q.shape
+    m, groups = k.shape[0], positions * heads
+    numbers = (scale, scale * LOG2_E, threshold, _keep_scale(threshold))
+    inputs = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
+    constants = _constants(q, threshold)
+    seed = o if seed is None else seed
+    if lse is None:
+        config = choose("backward_packed", q, m)
+        slots = packed_slots(config, n, m)
+        strides = (*inputs, *_strides(dq), *_strides(dk))
+        arguments = (q, k, v, do, dq, dk, dv, seed, n, m, heads, groups, slots, *numbers, *strides)
+        _launch(backward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        return
+    config = choose("backward_query", q, m)
+    delta = torch.empty_like(lse)
+    tiles = triton.cdiv(n, config.block_m)
+    arguments = (q, k, v, o, do, lse, delta, dq, seed, n, m, heads, groups, tiles, *numbers, *inputs, *_strides(dq))
+    constants["RELOAD"] = config.reload
+    _launch(backward_query, config, groups * tiles, arguments, {**constants, "NEEDS_DQ": needs[0]})
+    config = choose("backward_key_value", q, m)
+    constants["RELOAD"] = config.reload
+    tiles = triton.cdiv(m, config.block_n)
+    arguments = (q, k, v, do, lse, delta, dk, dv, seed, n, m, heads, tiles, *numbers, *inputs, *_strides(dk))
+    for part in key_value_passes(config):
+        needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
+        if needs_dk or needs_dv:
+            flags = {"NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv}
+            _launch(backward_key_value, config, groups * tiles, arguments, {**constants, **flags})

@@ -1,0 +1,255 @@
+"""Tile sizes of the attention kernels: one table, and one pure function that reads it.
+
+A key is (kernel, bytes per element, architecture): 80 stands for every GPU that gives a program at least 99 KiB of
+shared memory (Ampere, Ada, consumer Blackwell), 90 for Hopper and 100 for data-centre Blackwell, with 227 KiB. Under
+it, for head dimensions up to the given one, tiles from the largest to the smallest: :func:`config_for` takes the first
+that keeps every multiprocessor busy. ``block_d`` is the chunk that the head dimension is cut into. Every entry is
+compiled ahead of time by ``make aot``, which refuses spilled registers and more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+KIB = 1024
+PACKED_ROWS = 32
+
+
+class Limits(NamedTuple):
+    """What a device allows."""
+
+    shared_memory: int  #: bytes a program may use
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
+class Config(NamedTuple):
+    """Tiles of one kernel."""
+
+    block_m: int  #: queries
+    block_n: int  #: keys
+    block_d: int  #: channels in a chunk
+    num_warps: int
+    num_stages: int  #: of the software pipeline over the loop
+    reload: bool = False  #: backward: load tiles chunk by chunk and once for each product, not whole and once
+
+
+TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
+    ("forward_streaming", 2, 80): {
+        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
+        256: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 4, 2)),
+        512: (Config(32, 32, 256, 8, 2), Config(16, 32, 256, 4, 2)),
+    },
+    ("forward_streaming", 2, 90): {
+        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 128, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
+        256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        512: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 4, 2)),
+    },
+    ("forward_streaming", 2, 100): {
+        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
+        256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        512: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 4, 2)),
+    },
+    ("forward_streaming", 4, 80): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(64, 16, 64, 8, 2),),
+        256: (Config(32, 16, 64, 4, 2),),
+        512: (Config(16, 16, 64, 8, 2),),
+    },
+    ("forward_streaming", 4, 90): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(32, 32, 64, 4, 2),),
+        256: (Config(32, 16, 64, 4, 2),),
+        512: (Config(32, 16, 64, 8, 2),),
+    },
+    ("forward_streaming", 4, 100): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(32, 32, 64, 4, 2),),
+        256: (Config(32, 16, 64, 4, 2),),
+        512: (Config(32, 16, 64, 8, 2),),
+    },
+    ("backward_query", 2, 80): {
+        32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 8, 2), Config(16, 128, 64, 4, 2)),
+        128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
+        256: (Config(32, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
+        512: (Config(32, 16, 256, 8, 2), Config(16, 32, 256, 4, 2)),
+    },
+    ("backward_query", 2, 90): {
+        32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
+        256: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 256, 8, 2)),
+    },
+    ("backward_query", 2, 100): {
+        32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
+        256: (Config(32, 32, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 256, 8, 2)),
+    },
+    ("backward_query", 4, 80): {
+        64: (Config(32, 32, 64, 8, 2),),
+        128: (Config(32, 32, 64, 8, 2),),
+        256: (Config(16, 16, 64, 4, 2),),
+        512: (Config(16, 16, 32, 8, 2, True),),
+    },
+    ("backward_query", 4, 90): {
+        64: (Config(32, 32, 64, 8, 2),),
+        128: (Config(32, 32, 64, 4, 2),),
+        256: (Config(32, 16, 64, 8, 2),),
+        512: (Config(32, 16, 128, 8, 2),),
+    },
+    ("backward_query", 4, 100): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(32, 32, 64, 4, 2),),
+        256: (Config(32, 16, 64, 8, 2),),
+        512: (Config(32, 16, 128, 8, 2),),
+    },
+    ("backward_key_value", 2, 80): {
+        32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
+        64: (Config(64, 32, 64, 4, 3), Config(128, 16, 64, 4, 3)),
+        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 2)),
+        256: (Config(32, 32, 128, 8, 2), Config(64, 16, 256, 8, 2)),
+        512: (Config(32, 16, 256, 8, 2),),
+    },
+    ("backward_key_value", 2, 90): {
+        32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
+        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 3)),
+        256: (Config(32, 64, 128, 8, 2), Config(128, 16, 128, 8, 2)),
+        512: (Config(16, 32, 256, 8, 2), Config(32, 16, 256, 8, 2)),
+    },
+    ("backward_key_value", 2, 100): {
+        32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
+        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 3)),
+        256: (Config(32, 64, 128, 8, 2), Config(32, 16, 128, 4, 2)),
+        512: (Config(16, 32, 256, 8, 2), Config(32, 16, 256, 8, 2)),
+    },
+    ("backward_key_value", 4, 80): {
+        64: (Config(32, 32, 64, 8, 2),),
+        128: (Config(16, 32, 64, 8, 2),),
+        256: (Config(16, 16, 64, 8, 2),),
+        512: (Config(16, 16, 128, 8, 2, True),),
+    },
+    ("backward_key_value", 4, 90): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(16, 64, 64, 8, 2),),
+        256: (Config(16, 32, 64, 8, 2),),
+        512: (Config(16, 16, 128, 8, 2, True),),
+    },
+    ("backward_key_value", 4, 100): {
+        64: (Config(32, 32, 64, 4, 2),),
+        128: (Config(16, 32, 64, 8, 2),),
+        256: (Config(16, 32, 64, 8, 2),),
+        512: (Config(16, 16, 128, 8, 2, True),),
+    },
+    ("forward_packed", 2, 80): {
+        32: (Config(64, 64, 32, 4, 1),),
+        64: (Config(64, 64, 64, 4, 1),),
+        512: (Config(64, 64, 64, 8, 1),),
+    },
+    ("forward_packed", 2, 90): {
+        32: (Config(64, 64, 32, 4, 1),),
+        64: (Config(64, 64, 64, 4, 1),),
+        512: (Config(64, 64, 64, 4, 1),),
+    },
+    ("forward_packed", 2, 100): {
+        32: (Config(32, 32, 32, 4, 1),),
+        64: (Config(32, 32, 64, 4, 1),),
+        512: (Config(32, 32, 64, 4, 1),),
+    },
+    ("forward_packed", 4, 80): {
+        512: (Config(32, 32, 32, 8, 1),),
+    },
+    ("forward_packed", 4, 90): {
+        512: (Config(32, 32, 32, 8, 1),),
+    },
+    ("forward_packed", 4, 100): {
+        512: (Config(32, 32, 32, 8, 1),),
+    },
+    ("backward_packed", 2, 80): {
+        32: (Config(64, 64, 32, 4, 1),),
+        64: (Config(32, 32, 64, 4, 1),),
+        512: (Config(32, 32, 64, 4, 1),),
+    },
+    ("backward_packed", 2, 90): {
+        32: (Config(64, 64, 32, 4, 1),),
+        64: (Config(64, 64, 64, 4, 1),),
+        512: (Config(64, 64, 64, 4, 1),),
+    },
+    ("backward_packed", 2, 100): {
+        32: (Config(32, 32, 32, 4, 1),),
+        64: (Config(32, 32, 64, 4, 1),),
+        512: (Config(32, 32, 64, 4, 1),),
+    },
+    ("backward_packed", 4, 80): {
+        512: (Config(32, 32, 32, 8, 1),),
+    },
+    ("backward_packed", 4, 90): {
+        512: (Config(32, 32, 16, 8, 1),),
+    },
+    ("backward_packed", 4, 100): {
+        512: (Config(32, 32, 16, 8, 1),),
+    },
+}
+
+
+def schedule(n: int, m: int) -> str:
+    """ "packed" for tiny batches, several of which share a tile, else "streaming"."""
+    return "packed" if max(n, m) <= PACKED_ROWS else "streaming"
+
+
+def packed_slots(config: Config, n: int, m: int) -> int:
+    """How many whole groups of n queries and m keys fit a packed tile."""
+    return min(config.block_m // n, config.block_n // m)
+
+
+def key_value_passes(config: Config) -> tuple[tuple[bool, bool], ...]:
+    """What backward_key_value computes of (dk, dv) at a time: where tiles are loaded again, registers hold one only."""
+    return ((True, False), (False, True)) if config.reload else ((True, True),)
+
+
+def _architecture(limits: Limits) -> int:
+    if limits.shared_memory < 227 * KIB:
+        return 80
+    return 90 if limits.capability < (10, 0) else 100
+
+
+def config_for(kernel: str, n: int, m: int, groups: int, head_dim: int, itemsize: int, limits: Limits) -> Config:
+    """The tiles for n queries and m keys in each of ``groups`` problems.
+
+    Args:
+        kernel: name of a kernel in attention.py.
+        head_dim: at most 512.
+        itemsize: bytes per element, 2 or 4.
+        limits: of the device.
+    """
+    by_head_dim = TABLE[kernel, itemsize, _architecture(limits)]
+    configs = by_head_dim[min(d for d in by_head_dim if d >= head_dim)]
+    for config in configs:
+        block, rows = (config.block_n, m) if kernel == "backward_key_value" else (config.block_m, n)
+        if groups * -(-rows // block) >= limits.multiprocessors and block < 2 * rows:
+            return config
+    return configs[-1]
+
+
+@cache
+def device_limits(device: torch.device) -> Limits:
+    """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
+    if device.type != "cuda":
+        return Limits(227 * KIB, 132, (9, 0))
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count, capability)
