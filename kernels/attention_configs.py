@@ -41,12 +41,12 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("forward_streaming", 2, 80): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
-        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
+        128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
         256: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 4, 2)),
         512: (Config(32, 32, 256, 8, 2), Config(16, 32, 256, 4, 2)),
     },
     ("forward_streaming", 2, 90): {
-        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 64, 32, 4, 3)),
         64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 128, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("forward_streaming", 2, 100): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        64: (Config(128, 32, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
         512: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 4, 2)),
@@ -89,14 +89,14 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 256, 8, 2)),
+        512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(32, 32, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 256, 8, 2)),
+        512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 4, 80): {
         64: (Config(32, 32, 64, 8, 2),),
@@ -121,7 +121,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         64: (Config(64, 32, 64, 4, 3), Config(128, 16, 64, 4, 3)),
         128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 2)),
         256: (Config(32, 32, 128, 8, 2), Config(64, 16, 256, 8, 2)),
-        512: (Config(32, 16, 256, 8, 2),),
+        512: (Config(16, 16, 256, 8, 2),),
     },
     ("backward_key_value", 2, 90): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
@@ -139,7 +139,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_key_value", 4, 80): {
         64: (Config(32, 32, 64, 8, 2),),
-        128: (Config(16, 32, 64, 8, 2),),
+        128: (Config(16, 16, 64, 8, 2),),
         256: (Config(16, 16, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
@@ -151,7 +151,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_key_value", 4, 100): {
         64: (Config(32, 32, 64, 4, 2),),
-        128: (Config(16, 32, 64, 8, 2),),
+        128: (Config(16, 16, 64, 8, 2),),
         256: (Config(16, 32, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
@@ -195,7 +195,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 32, 64, 4, 1),),
     },
     ("backward_packed", 4, 80): {
-        512: (Config(32, 32, 32, 8, 1),),
+        512: (Config(32, 32, 16, 8, 1),),
     },
     ("backward_packed", 4, 90): {
         512: (Config(32, 32, 16, 8, 1),),
