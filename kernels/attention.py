@@ -40,8 +40,8 @@ _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "n
 
 @triton.jit
 def _stride(stride):
-    """Tells the compiler that a stride is a multiple of 8 elements, so that it loads 16 bytes at once."""
-    return stride // 8 * 8
+    """64 bits, and known to the compiler as a multiple of 8 elements, so that it loads 16 bytes at once."""
+    return stride.to(tl.int64) // 8 * 8
 
 
 @triton.jit
