@@ -90,8 +90,8 @@ def batch_attention(
 
     Every position and head is a problem of its own. The Triton backend takes fp32, fp16 and bf16 with D a multiple of 8
     up to 512, copies inputs whose rows do not start at multiples of 16 bytes, stores nothing of size N × M, gives the
-    same bits for the same seed, and cannot be differentiated twice. Outside it (fp64, other D, ``torch.compile``) "auto"
-    takes PyTorch.
+    same bits for the same seed, and cannot be differentiated twice. Elsewhere (fp64, other D, ``torch.compile``)
+    "auto" takes PyTorch.
 
     Args:
         q: (N, …, H, D), floating point, any strides with a contiguous last dimension.

@@ -291,9 +291,9 @@ def backward_key_value(
                 do += (_load(b_do, m_rows, c, D, BD),)
                 if NEEDS_DK:
                     dp = tl.dot(do[c], tl.trans(v[c]), dp, input_precision=PRECISION)
-        lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=float("inf"))
+        lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
-        p = tl.exp2(s * scale_log2 - lse[:, None])  # [BM, BN], 0 past the last query
+        p = tl.where(m_rows[:, None], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
         if KEEP != KEEP_ALL:
             mask = tl.where(keep_tile(seed, group, start + rows, first_key, threshold, BN, KEEP), keep_scale, 0.0)
             ds = p * (dp * mask - delta[:, None])
@@ -308,6 +308,7 @@ def backward_key_value(
                 new_dv += (tl.dot(p, do_c, dv[c], input_precision=PRECISION),)
             dv = new_dv
         if NEEDS_DK:
+            ds = tl.where(m_rows[:, None], ds, 0.0)  # what is not finite in v must not come in by rows of zeros
             ds = tl.trans(ds.to(p_q.dtype.element_ty))
             new_dk = ()
             for c in tl.static_range(NC):

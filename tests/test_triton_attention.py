@@ -235,6 +235,17 @@ def test_what_is_not_finite_stays_in_its_group_and_shows(n, which, bad):
         assert torch.equal(o.isfinite(), e.isfinite())
 
 
+def test_an_infinite_key_that_gets_no_weight_changes_no_other_gradient():
+    q, k, v = inputs(40, 40, 2, 16)
+    with torch.no_grad():
+        q[..., 3] = q[..., 3].abs() + 1
+        k[7, :, 3] = -torch.inf
+    grad = torch.randn(40, 2, 16, device=DEVICE)
+    ours = results(lambda *t: batch_attention(*t, dropout_p=0.5, seed=SEED, backend="triton"), [q, k, v], grad)
+    for o, e in zip(ours, results(lambda *t: formula(*t, 0.5), [q, k, v], grad), strict=True):
+        torch.testing.assert_close(o, e, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e-3, 0.0])
 @pytest.mark.parametrize("n", [9, 70])
 def test_scores_far_apart_or_equal_do_not_overflow(n, factor):
