@@ -138,7 +138,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(16, 32, 256, 8, 2), Config(32, 16, 256, 8, 2)),
     },
     ("backward_key_value", 4, 80): {
-        64: (Config(16, 32, 64, 8, 2),),
+        64: (Config(32, 16, 64, 4, 2),),
         128: (Config(16, 16, 128, 8, 2),),
         256: (Config(16, 16, 128, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
