@@ -1,7 +1,7 @@
 """torch.autograd.Functions over the kernels. Importing this imports triton.
 
-Each saves its inputs, the seed and, on the streaming schedule, its output and the log-sum-exp (positions · H · N fp32
-numbers): nothing of size N × M. Not differentiable twice: a second derivative raises RuntimeError.
+Nothing of size N × M is saved, and no dropout decision: those are drawn again from the seed. Not differentiable twice:
+a second derivative raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -11,53 +11,174 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastbf import ops
+from fastbf.context import autocast_dtype
 from fastbf.dropout import threshold
-from fastbf.kernels import attention as kernels
-from fastbf.reference import split_qkv
+from fastbf.encoder import Layer, Saved
+from fastbf.encoder_backward import Wanted, summed
+from fastbf.encoder_weights import Factors, cast_factors
+from fastbf.kernels.rows import Rows
+from fastbf.reference import LayerWeights
 
 
 class _Attention(Function):
-    """Attention from separate q, k and v."""
+    """Attention from separate q, k and v.
+
+    Saves them, the seed and, where attention streams, the result and the log-sum-exp, positions · H · N fp32 numbers.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, drop: int) -> Tensor:
-        o, lse = kernels.forward(q, k, v, seed, scale=scale, threshold=drop)
-        ctx.save_for_backward(q, k, v, None if lse is None else o, lse, seed)
+        o, *lse = ops.attention_forward(q, k, v, seed, scale, drop)
+        ctx.save_for_backward(q, k, v, *((o, *lse) if lse else (None, None)), seed)
         ctx.scale, ctx.drop = scale, drop
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor):
-        q, k, v, o, lse, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        kernels.backward(
-            do, q, k, v, o, lse, seed, *grads, scale=ctx.scale, threshold=ctx.drop, needs=needs
-        )  # fmt: skip
+        grads = ops.attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.drop, list(needs))
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
-class _SelfAttention(Function):
-    """Attention from the buffer (N, …, 3C) that one GEMM left q, k and v in; their gradients fill one like it."""
+class _AddNorm(Function):
+    """LayerNorm(residual + drop(x)) of rows [R, C]. Saves residual + drop(x), the weight and the seed."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, seed: Tensor | None, num_heads: int, scale: float, drop: int) -> Tensor:
-        o, lse = kernels.forward(*split_qkv(qkv, num_heads), seed, scale=scale, threshold=drop)
-        ctx.save_for_backward(qkv, None if lse is None else o, lse, seed)
-        ctx.num_heads, ctx.scale, ctx.drop = num_heads, scale, drop
-        return o
+    def forward(
+        ctx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, seed: Tensor | None,
+        drop: int, norm: torch.dtype, rows: Rows,
+    ) -> Tensor:  # fmt: skip
+        y, total = ops.add_norm_forward(x, residual, weight, bias, eps, seed, drop, norm, *rows)
+        ctx.save_for_backward(total, weight, seed)
+        ctx.eps, ctx.drop, ctx.rows = eps, drop, rows
+        ctx.dtypes = (x.dtype, residual.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do: Tensor):
-        qkv, o, lse, seed = ctx.saved_tensors
-        grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        kernels.backward(
-            do, *split_qkv(qkv, ctx.num_heads), o, lse, seed, *split_qkv(grad, ctx.num_heads),
-            scale=ctx.scale, threshold=ctx.drop,
-        )  # fmt: skip
-        return grad, None, None, None, None
+    def backward(ctx, dy: Tensor):
+        total, weight, seed = ctx.saved_tensors
+        x_dtype, residual_dtype, *parameters = ctx.dtypes
+        dx, ds, sums = ops.add_norm_backward(
+            dy.contiguous(), total, weight, ctx.eps, seed, ctx.drop, x_dtype, residual_dtype, *ctx.rows
+        )
+        sums = (
+            part if dtype is None else part.to(dtype) for part, dtype in zip(sums.chunk(2), parameters, strict=True)
+        )
+        grads = (dx, ds, *sums)
+        needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return *needed, None, None, None, None, None
+
+
+class _Activation(Function):
+    """drop(act(h)) of rows [R, F]. Saves its result with ReLU; h and the seed with GELU."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, activation: str, seed: Tensor | None, drop: int, rows: Rows) -> Tensor:
+        (u,) = ops.activation_forward(h, activation, seed, drop, *rows)
+        ctx.save_for_backward(*((u, None) if activation == "relu" else (h, seed)))
+        ctx.activation, ctx.drop, ctx.rows = activation, drop, rows
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, du: Tensor):
+        saved, seed = ctx.saved_tensors
+        (dh,) = ops.activation_backward(du.contiguous(), saved, ctx.activation, seed, ctx.drop, *ctx.rows)
+        return dh, None, None, None, None
+
+
+class _EncoderLayer(Function):
+    """A whole encoder layer of rows [R, C]; R = N · L.
+
+    Saves x, the seed and the weights, which exist anyway, and what ``fastbf.encoder.Saved`` lists. In bytes a row, for
+    F = C, post-norm, ReLU, next to what autograd keeps of ``nn.TransformerEncoderLayer`` (its attention's lse and the
+    statistics of its norms, a few bytes a row and head, apart)::
+
+                              fp32 x, 16-bit products (autocast)        everything in 2 bytes
+        saved here            2C x, 6C qkv, 2C o, 4C s1, 2C z,          6C qkv, 2C o, 2C s1, 2C z, 2C u, 2C s2
+                              2C u, 4C s2                     = 22C                              = 16C
+        eager PyTorch         2C x, 6C q k v, 2C o, 1C mask, 4C s1,     6C q k v, 2C o, 1C mask, 2C s1,
+                              2C z, 2C relu, 2C u, 1C mask, 4C s2,      2C z, 2C relu, 2C u, 1C mask, 2C s2,
+                              1C mask                         = 27C     1C mask                  = 21C
+
+    ``tests/test_saved.py`` counts both. The cast weights, where there are any, are kept once, as eager keeps them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, plain: Tensor | None, seed: Tensor | None, layer: Layer, *weights: Tensor | None
+    ) -> Tensor:
+        weights = LayerWeights(*weights)
+        ctx.plain_dtype = None if plain is None else plain.dtype
+        if layer.fork == "input":
+            x, plain = layer.mixed(x).reshape(layer.rows.count, -1), x
+        out, saved = ops.encoder_forward(x, plain, weights, seed, layer)
+        products = weights[:8:2] if saved.cast is None else (None,) * 4
+        ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
+        ctx.layer, ctx.width = layer, weights.linear1_weight.shape[0]
+        ctx.dtypes = [None if w is None else w.dtype for w in weights]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        layer, needs = ctx.layer, ctx.needs_input_grad
+        x, seed, *tensors = ctx.saved_tensors
+        factors, saved = Factors(*tensors[:6]), Saved(*tensors[6:])
+        if saved.cast is not None:
+            factors = cast_factors(saved.cast, ctx.width, factors.norm1, factors.norm2)
+        d_out = d_out.contiguous()
+        wanted = Wanted(needs[0], *needs[4:])
+        found = {"plain": layer.plain(d_out).to(ctx.plain_dtype) if needs[1] else None}
+        if any(wanted):
+            dtype = ctx.dtypes[0]
+            grads = ops.encoder_gradients(d_out, x, saved._replace(cast=None), factors, seed, layer, wanted, dtype)
+            found |= grads._asdict()
+            if wanted.sums:
+                found |= _split(_cast_once(grads.sums, ctx.dtypes), layer.norm_first, x.shape[1], ctx.width)
+        parameters = (
+            found[name].to(dtype) if need else None
+            for name, need, dtype in zip(LayerWeights._fields, needs[4:], ctx.dtypes, strict=True)
+        )
+        return found.get("x"), found["plain"], None, None, *parameters
+
+
+def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
+    """The sums in the parameters' dtype, if that is one for all of them."""
+    (dtype, *others) = {dtype for dtype in dtypes if dtype is not None}
+    return sums if others else sums.to(dtype)
+
+
+def _split(sums: Tensor, norm_first: bool, channels: int, width: int) -> dict[str, Tensor]:
+    """The parameters' gradients that stand side by side in ``sums``."""
+    names = summed(norm_first)
+    sizes = [width if name == "linear1_bias" else channels for name in names]
+    return dict(zip(names, sums.split(sizes), strict=True))
+
+
+def _order(x: Tensor) -> tuple[Tensor, Rows]:
+    """x (N, …, C) in its order in memory, (N, L, C) or (L, N, C), contiguous, and which of them it is."""
+    samples, channels = x.shape[0], x.shape[-1]
+    x = x.reshape(samples, -1, channels)
+    position_major = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+    rows = Rows(samples, x.shape[1], position_major)
+    return (x.transpose(0, 1) if position_major else x.contiguous()), rows
+
+
+def _as(x: Tensor, rows: Rows) -> Tensor:
+    """x (N, …, C) as rows [R, C] in a given order."""
+    x = x.reshape(rows.samples, rows.positions, x.shape[-1])
+    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.count, x.shape[-1])
+
+
+def _back(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
+    """Rows in their order → (N, …, C), or twice as many samples, a view where … is one dimension."""
+    if not rows.position_major:
+        return matrix.view(-1, *shape[1:])
+    return matrix.view(rows.positions, -1, shape[-1]).transpose(0, 1).reshape(-1, *shape[1:])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
@@ -65,6 +186,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: 
     return _Attention.apply(q, k, v, seed, scale, threshold(p))
 
 
-def self_attention(qkv: Tensor, num_heads: int, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """The same for q, k and v side by side: qkv (N, …, 3C) → (N, …, H, D)."""
-    return _SelfAttention.apply(qkv, seed, num_heads, scale, threshold(p))
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
+    """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
+    matrix, rows = _order(x)
+    dtype = torch.promote_types(x.dtype, residual.dtype) if autocast_dtype(x) is None else torch.float32
+    y = _AddNorm.apply(
+        matrix.view(rows.count, -1), _as(residual, rows), weight, bias, eps, seed, threshold(p), dtype, rows
+    )
+    return _back(y, rows, x.shape)
+
+
+def activation_dropout(x: Tensor, activation: str, *, p: float, seed: Tensor | None) -> Tensor:
+    """drop(act(x)). x (N, …, F) → its shape."""
+    matrix, rows = _order(x)
+    return _back(_Activation.apply(matrix.view(rows.count, -1), activation, seed, threshold(p), rows), rows, x.shape)
+
+
+def encoder_layer(
+    x: Tensor, weights: LayerWeights, *, num_heads: int, activation: str, norm_first: bool, eps: float, p: float,
+    seed: Tensor | None, plain: Tensor | None = None, forked: bool = False,
+) -> Tensor:  # fmt: skip
+    """A whole encoder layer. x (N, …, C) → its shape, or a fork (2N, …, C), the plain half first.
+
+    The result is a fork of ``plain``, of x's shape, if that is given; or, if x is ``forked``, that is a fork (2N, …, C)
+    itself, of its plain half, the mixed half being what goes through the layer. It lies in memory as x does.
+    """
+    matrix, rows = _order(x)
+    other = None if plain is None or plain is x else _as(plain, rows).view(matrix.shape)
+    fork = "input" if forked else "plain" if other is not None else "" if plain is None else "x"
+    autocast = autocast_dtype(x)
+    layer = Layer(
+        rows.samples // 2 if forked else rows.samples, *rows[1:], num_heads, activation, norm_first, eps, threshold(p),
+        fork, autocast or x.dtype, x.dtype if autocast is None else torch.float32,
+    )  # fmt: skip
+    out = _EncoderLayer.apply(matrix.reshape(rows.count, -1), other, seed, layer, *weights)
+    return _back(out, rows, x.shape)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastbf.context import autocast_dtype, traced
+from fastbf.context import autocast_dtype, traced_as_constant, transformed
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 512
+MAX_CHANNELS = 8192
 
-# The ops of fastbf.functional that Triton kernels serve, and what part of them.
+# The ops of fastbf.functional that Triton kernels serve.
 TRITON_OPS = {
     "batch_attention": "a Triton kernel covers batch_attention for these tensors.",
-    "encoder_layer": "the attention of encoder_layer runs in a Triton kernel, what surrounds it in PyTorch.",
+    "dropout_add_layer_norm": "a Triton kernel covers dropout_add_layer_norm for these tensors.",
+    "activation_dropout": "a Triton kernel covers activation_dropout for these tensors.",
+    "encoder_layer": "Triton kernels do all of encoder_layer that stands between its matrix products.",
 }
 OPS = (
     "batch_attention",
@@ -45,6 +50,12 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+@traced_as_constant
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@traced_as_constant
 def _interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``)."""
     import triton
@@ -52,11 +63,43 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def _obstacle(op: str, tensors: tuple[Tensor, ...], head_dim: int | None, interpreter: bool) -> str | None:
+@traced_as_constant
+@cache
+def _gpu_obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on a GPU, whatever the call; tried once, and said in a warning if it is a surprise."""
+    if torch.version.hip is not None:
+        return "the kernels' configurations are for NVIDIA GPUs."
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU's compute capability is below 8.0."
+    from fastbf.kernels.probe import probe
+
+    try:
+        probe(device)
+    except Exception as error:  # a compiler that is missing, a driver too old: whatever a build may raise
+        return _warned(f"Triton cannot build a kernel for {device}: {type(error).__name__}: {error}")
+    return None
+
+
+_failed: dict[str, str] = {}
+
+
+def give_up(op: str, error: Exception) -> None:
+    """From now on "auto" takes PyTorch for ``op``, a kernel of which could not be built; says so in a warning."""
+    _failed[op] = _warned(f"a Triton kernel of {op} could not be built: {type(error).__name__}: {error}")
+
+
+def _warned(reason: str) -> str:
+    warnings.warn(f"fastbf uses PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _obstacle(
+    op: str, tensors: tuple[Tensor, ...], head_dim: int | None, channels: int | None, interpreter: bool
+) -> str | None:
     """Why no Triton kernel can serve the call; None if one can. ``interpreter`` is whether CPU tensors may go there."""
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernel in this version."
-    if find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed."
     if not tensors:
         return f"no tensors were given, and the kernels of {op} do not serve all."
@@ -64,29 +107,40 @@ def _obstacle(op: str, tensors: tuple[Tensor, ...], head_dim: int | None, interp
     dtype = autocast_dtype(x) or x.dtype
     if op == "batch_attention":
         head_dim = x.shape[-1]
-    if traced():
-        return "torch.compile or a transform of torch.func looks on, and sees through PyTorch's operators only."
+    elif op != "activation_dropout":
+        channels = channels or x.shape[-1]
+    if transformed():
+        return "a transform of torch.func looks on, and sees through PyTorch's operators only."
     if x.device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the kernels' configurations are for NVIDIA GPUs."
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            return "the GPU's compute capability is below 8.0."
+        obstacle = _gpu_obstacle(x.device)
+        if obstacle is not None:
+            return obstacle
     elif x.device.type != "cpu" or not interpreter or not _interpreted():
         return f"{op} was given tensors on {x.device.type}, and Triton's kernels run on CUDA GPUs."
     if dtype not in DTYPES:
         return f"the kernels of {op} take fp32, fp16 and bf16, not {dtype}."
     if head_dim is not None and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
         return f"the head dimension is {head_dim}; kernels take multiples of 8 up to {MAX_HEAD_DIM}."
+    if channels is not None and channels > MAX_CHANNELS:
+        return f"there are {channels} channels; kernels that normalise take up to {MAX_CHANNELS}."
     if any(t.numel() == 0 for t in tensors):
         return "a tensor is empty."
-    return None
+    return _failed.get(op)
 
 
-def choose(backend: str, op: str, *tensors: Tensor, head_dim: int | None = None, obstacle: str | None = None) -> Choice:
+def choose(
+    backend: str,
+    op: str,
+    *tensors: Tensor,
+    head_dim: int | None = None,
+    channels: int | None = None,
+    obstacle: str | None = None,
+) -> Choice:
     """The backend for one call of ``op`` on ``tensors``, for which all depends on the first.
 
     Args:
         head_dim: of an encoder layer, if known.
+        channels: of an encoder layer, if they are not the first tensor's last dimension.
         obstacle: why the caller itself rules out a kernel.
 
     Raises:
@@ -95,7 +149,7 @@ def choose(backend: str, op: str, *tensors: Tensor, head_dim: int | None = None,
     check_backend(backend)
     if backend == "torch":
         return Choice("torch", "backend='torch' was asked for.")
-    obstacle = obstacle or _obstacle(op, tensors, head_dim, interpreter=backend == "triton")
+    obstacle = obstacle or _obstacle(op, tensors, head_dim, channels, interpreter=backend == "triton")
     if obstacle is None:
         return Choice("triton", TRITON_OPS[op])
     if backend == "triton":
@@ -125,8 +179,15 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
             raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
         layers = [m for m in what.modules() if hasattr(m, "parent_reason")]
         reason = next(filter(None, (layer.parent_reason() for layer in layers)), None)
-        head_dim = layers[0].self_attn.head_dim if layers else None
-        return choose(backend or what.backend, op, *tensors, head_dim=head_dim, obstacle=reason)
+        attention = layers[0].self_attn if layers else None
+        return choose(
+            backend or what.backend,
+            op,
+            *tensors,
+            head_dim=attention and attention.head_dim,
+            channels=attention and attention.embed_dim,
+            obstacle=reason,
+        )
     if what not in OPS:
         raise ValueError(f"what must be one of {', '.join(OPS)} or a module of fastbf, got {what!r}")
     return choose(backend or "auto", what, *tensors)

@@ -55,7 +55,7 @@ def probability(name: str, p: float) -> float:
 def finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # as math.isfinite, which torch.compile does not trace for every number
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

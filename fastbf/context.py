@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -19,12 +23,25 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """What runs under this computes in the dtypes it is given."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def traced_as_constant(function: Callable[..., T]) -> Callable[..., T]:
+    """``torch.compile`` takes the function's result at the time of tracing, without looking inside.
+
+    What ``torch.compiler.assume_constant_result`` does, which imports the whole compiler, Triton included.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@traced_as_constant
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` looks on, which sees through PyTorch's own operators only."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def traced() -> bool:
-    """Whether ``torch.compile`` or a transform of ``torch.func`` looks on.
-
-    Both see through PyTorch's own operators better than through an autograd Function.
-    """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` looks on, or ``torch.compile``, which sees better through operators too."""
+    return torch.compiler.is_compiling() or transformed()

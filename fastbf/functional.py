@@ -11,6 +11,7 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf import checks, chunked_attention, chunked_classifier, gemm, reference
-from fastbf.backend import choose
+from fastbf.backend import choose, give_up
 from fastbf.chunks import compute_dtype
 from fastbf.context import autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, draw_seed, elementwise_mask
@@ -54,12 +55,21 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """Attention on the backend chosen; on torch by what is quickest: SDPA without dropout, else chunks."""
-    if backend == "triton":
-        from fastbf import autograd
+def _on_kernels(op: str, backend: str, kernels: Callable[[], Tensor], fallback: Callable[[], Tensor]) -> Tensor:
+    """What ``kernels`` gives; where one of them cannot be built, "auto" takes the fallback from then on."""
+    if backend == "triton" or torch.compiler.is_compiling():
+        return kernels()
+    from triton.errors import TritonError
 
-        return autograd.attention(q, k, v, scale=scale, p=p, seed=seed)
+    try:
+        return kernels()
+    except TritonError as error:
+        give_up(op, error)
+        return fallback()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
+    """Attention in PyTorch by what is quickest: SDPA without dropout, else chunks."""
     if q.numel() == 0 or k.numel() == 0:
         return reference.attention(q, k, v, scale=scale)
     if p == 0:
@@ -90,8 +100,8 @@ def batch_attention(
 
     Every position and head is a problem of its own. The Triton backend takes fp32, fp16 and bf16 with D a multiple of 8
     up to 512, copies inputs whose rows do not start at multiples of 16 bytes, stores nothing of size N × M, gives the
-    same bits for the same seed, and cannot be differentiated twice. Elsewhere (fp64, other D, ``torch.compile``)
-    "auto" takes PyTorch.
+    same bits for the same seed, and cannot be differentiated twice. Elsewhere (fp64, other D, transforms of
+    ``torch.func``) "auto" takes PyTorch.
 
     Args:
         q: (N, …, H, D), floating point, any strides with a contiguous last dimension.
@@ -123,7 +133,12 @@ def batch_attention(
     choice = choose(backend, "batch_attention", q, k, v)
     q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
-    return _attend(q, k, v, backend=choice.backend, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
+    call = partial(_attend, q, k, v, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
+    if choice.backend == "torch":
+        return call()
+    from fastbf import autograd
+
+    return _on_kernels("batch_attention", backend, partial(autograd.attention, *call.args, **call.keywords), call)
 
 
 def dropout_add_layer_norm(
@@ -165,9 +180,19 @@ def dropout_add_layer_norm(
     checks.same_device("x", x, {"residual": residual, "weight": weight, "bias": bias})
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    choose(backend, "dropout_add_layer_norm", x)
-    mask = _mask(p, _as_seed(seed, p, x.device), Site.ATTENTION_OUTPUT, x)
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
+    choice = choose(backend, "dropout_add_layer_norm", x)
+    seed = _as_seed(seed, p, x.device)
+
+    def in_torch() -> Tensor:
+        mask = _mask(p, seed, Site.ATTENTION_OUTPUT, x)
+        return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
+
+    if choice.backend == "torch":
+        return in_torch()
+    from fastbf import autograd
+
+    kernels = partial(autograd.add_layer_norm, x, residual, weight, bias, p=p, eps=eps, seed=seed)
+    return _on_kernels("dropout_add_layer_norm", backend, kernels, in_torch)
 
 
 def activation_dropout(
@@ -199,9 +224,18 @@ def activation_dropout(
     checks.min_rank("x", x, 2, "(N, …, F)")
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
-    choose(backend, "activation_dropout", x)
-    mask = _mask(p, _as_seed(seed, p, x.device), Site.ACTIVATION, x)
-    return reference.activation_dropout(x, activation, mask=mask)
+    choice = choose(backend, "activation_dropout", x)
+    seed = _as_seed(seed, p, x.device)
+
+    def in_torch() -> Tensor:
+        return reference.activation_dropout(x, activation, mask=_mask(p, seed, Site.ACTIVATION, x))
+
+    if choice.backend == "torch":
+        return in_torch()
+    from fastbf import autograd
+
+    kernels = partial(autograd.activation_dropout, x, activation, p=p, seed=seed)
+    return _on_kernels("activation_dropout", backend, kernels, in_torch)
 
 
 def encoder_layer(
@@ -224,10 +258,17 @@ def encoder_layer(
     dropout_p: float = 0.0,
     norm_first: bool = False,
     eps: float = 1e-5,
+    plain: Tensor | None = None,
+    forked: bool = False,
     seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A transformer encoder layer along the first dimension, from its tensors.
+    """A transformer encoder layer along the first dimension, from its tensors; its result, or the fork that it ends.
+
+    The Triton backend takes fp32, fp16 and bf16 with C up to 8192 and C / H a multiple of 8 up to 512, and cannot be
+    differentiated twice: matrix products by cuBLAS, kernels for all that stands between them, nothing copied or
+    transposed where x is contiguous or (L, N, C) in memory. It casts the weights once under autocast, for both
+    directions.
 
     Args:
         x: (N, …, C), floating point; attention runs over N, each position by itself.
@@ -241,11 +282,14 @@ def encoder_layer(
         dropout_p: probability in [0, 1], at all four sites.
         norm_first: normalise before attention and feed-forward instead of after the residual sums.
         eps: of both norms.
+        plain: of x's shape, often x itself: the result is the fork of this and of what the layer makes of x.
+        forked: x is a fork (2N, …, C) already: only its mixed half goes through the layer, and the plain half is passed
+            on. Not together with ``plain``.
         seed: one for the layer's four dropouts, as in :func:`batch_attention`.
         backend: see the module's docstring.
 
     Returns:
-        (N, …, C).
+        (N, …, C), or with ``plain`` or ``forked`` the fork (2N, …, C), the plain half first.
 
     Raises:
         TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count.
@@ -268,7 +312,11 @@ def encoder_layer(
         columns = () if name.startswith("norm") else (width if name == "linear2_weight" else channels,)
         checks.shape(name, checks.floating(name, w), (rows, *columns))
         checks.shape(reference.LayerWeights._fields[2 * i + 1], b, (rows,))
-    checks.same_device("x", x, weights._asdict())
+    checks.same_device("x", x, {**weights._asdict(), "plain": plain})
+    checks.shape("plain", plain, tuple(x.shape))
+    if forked and (plain is not None or x.shape[0] % 2):
+        given = "plain as well" if plain is not None else f"{x.shape[0]} samples"
+        raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
     if autocast_dtype(x) is None:
         checks.same_dtype("x", x, {k: w for k, w in weights._asdict().items() if not k.startswith("norm")})
     checks.choice("activation", activation, ACTIVATIONS)
@@ -276,33 +324,39 @@ def encoder_layer(
     eps = checks.finite("eps", eps)
     choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
     seed = _as_seed(seed, p, x.device)
+    options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps}
+    options |= {"p": p, "seed": seed, "plain": plain, "forked": forked}
+    in_torch = partial(_encoder_layer_in_torch, x, weights, **options)
+    if choice.backend == "torch":
+        return in_torch()
+    from fastbf import autograd
+
+    return _on_kernels("encoder_layer", backend, partial(autograd.encoder_layer, x, weights, **options), in_torch)
+
+
+def _encoder_layer_in_torch(
+    x: Tensor, weights: reference.LayerWeights, *, p: float, seed: Tensor | None, plain: Tensor | None, forked: bool,
+    **options: object,
+) -> Tensor:  # fmt: skip
+    if forked:
+        plain, x = x.chunk(2)
+    width = weights.linear1_weight.shape[0]
     hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
     output = hidden[..., :1].expand(x.shape)
-    return reference.encoder_layer(
-        x,
-        weights,
-        num_heads=num_heads,
-        activation=activation,
-        norm_first=norm_first,
-        eps=eps,
-        masks=reference.LayerMasks(
-            attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
-            activation=_mask(p, seed, Site.ACTIVATION, hidden),
-            feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
-        ),
-        self_attention=partial(_self_attend, backend=choice.backend, p=p, seed=seed),
-        linear=gemm.linear,
+    masks = reference.LayerMasks(
+        attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
+        activation=_mask(p, seed, Site.ACTIVATION, hidden),
+        feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
     )
 
+    def self_attention(qkv: Tensor, num_heads: int, *, mask: None) -> Tensor:
+        q, k, v = reference.split_qkv(qkv, num_heads)
+        return _attend(q, k, v, scale=q.shape[-1] ** -0.5, p=p, seed=seed)
 
-def _self_attend(qkv: Tensor, num_heads: int, *, mask: None, backend: str, p: float, seed: Tensor | None) -> Tensor:
-    """(N, …, 3C) → (N, …, H, D); the kernels read q, k and v where the GEMM left them."""
-    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    if backend == "triton":
-        from fastbf import autograd
-
-        return autograd.self_attention(qkv, num_heads, scale=scale, p=p, seed=seed)
-    return _attend(*reference.split_qkv(qkv, num_heads), backend=backend, scale=scale, p=p, seed=seed)
+    mixed = reference.encoder_layer(
+        x, weights, masks=masks, self_attention=self_attention, linear=gemm.linear, **options
+    )
+    return mixed if plain is None else torch.cat([plain, mixed])
 
 
 def linear_cross_entropy(

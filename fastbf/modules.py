@@ -3,7 +3,7 @@ classifier for both streams)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,8 +107,18 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         if reason is not None or (choice.backend == "torch" and not self.training):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
-        out = self._fused(src.transpose(0, 1) if along_batch else src, self.dropout.p if self.training else 0.0)
+        out = self._fused(src.transpose(0, 1) if along_batch else src)
         return out.transpose(0, 1) if along_batch else out
+
+    def writes_forks(self, x: Tensor) -> bool:
+        """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do, on kernels."""
+        if type(self).forward is not BatchFormerLayer.forward or _is_altered(self) or self.parent_reason(x) is not None:
+            return False
+        return choose(self.backend, self.op, x, head_dim=self.self_attn.head_dim).backend == "triton"
+
+    def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
+        """The fork of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
+        return self._fused(x, plain=plain, forked=forked)
 
     def parent_reason(self, src: Tensor | None = None) -> str | None:
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
@@ -159,17 +169,18 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias,
         )  # fmt: skip
 
-    def _fused(self, x: Tensor, dropout_p: float) -> Tensor:
+    def _fused(self, x: Tensor, **fork: Any) -> Tensor:
         """The layer along the first dimension of x (N, …, C)."""
         return functional.encoder_layer(
             x,
             *self._weights(),
             num_heads=self.self_attn.num_heads,
             activation=_activation_name(self.activation),
-            dropout_p=dropout_p,
+            dropout_p=self.dropout.p if self.training else 0.0,
             norm_first=self.norm_first,
             eps=self.norm1.eps,
             backend=self.backend,
+            **fork,
         )
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -309,15 +320,30 @@ class BatchFormer(nn.Module):
             return (features, *targets) if targets else features
         batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
-        if self.forked:
-            if n % 2:
-                raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
-            plain, stream = features.tensor_split(2, dim=batch_dim)
-        else:
-            plain = stream = features
+        if not self.forked:
             targets = tuple(_doubled(target, n) for target in targets)
-        features = torch.cat([plain, self.mix(stream)], dim=batch_dim)
-        return (features, *targets) if targets else features
+        elif n % 2:
+            raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
+        fork = self._fork_by_kernels(features)
+        if fork is None:
+            plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
+            fork = torch.cat([plain, self.mix(stream)], dim=batch_dim)
+        return (fork, *targets) if targets else fork
+
+    def _fork_by_kernels(self, features: Tensor) -> Tensor | None:
+        """The fork, written as such by the last layer's kernels; None where they cannot write it as features lie."""
+        *others, last = self.layers
+        x = features.movedim(self._dims(features), (0, -1))
+        dense = x.is_contiguous() or x.movedim(0, -2).is_contiguous()
+        if not dense or not isinstance(last, BatchFormerLayer) or not last.writes_forks(x):
+            return None
+        x = self._front(features)
+        if others:
+            plain, stream = x.chunk(2) if self.forked else (x, x)
+            fork = last.fork(self._run(stream, others), plain=plain)
+        else:
+            fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
+        return self._back(fork, features)
 
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
@@ -374,7 +400,7 @@ class BatchFormer(nn.Module):
         return x.view(x.shape[0], *self._positions(features), self.dim).movedim((0, -1), self._dims(features))
 
     @staticmethod
-    def _run(x: Tensor, layers: nn.ModuleList) -> Tensor:
+    def _run(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
         for layer in layers:
             x = layer(x)
         return x

@@ -15,25 +15,25 @@ Every (position, head) pair is a *group*, an attention problem of its own: queri
 The head dimension is cut into chunks of BD channels (NC of them), so that no chunk is padded by more than to the next
 multiple of BD, and a tile of 512 channels is several accumulators, not one.
 
-Shapes: q, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; o (N, L, H, D) contiguous;
-lse and delta (L·H, N) fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of
-q's batch, position and head; p_ marks a pointer. Offsets are 64-bit.
+Shapes: q, o, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; lse and delta (L·H, N)
+fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of q's batch, position and
+head; p_ marks a pointer. Offsets are 64-bit.
 """
-
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.attention_configs import Config, config_for, device_limits, key_value_passes, packed_slots, schedule
-from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES, keep_each, keep_tile
+from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule
+from fastbf.kernels.launch import keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.limits import device_limits
+from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
 
 LOG2_E = 1.4426950408889634
 
 # No value of these compiles a kernel anew: lengths, strides.
-_TENSORS = ("q", "k", "v", "do", "dq", "dk")
+_TENSORS = ("q", "k", "v", "o", "do", "dq", "dk")
 _RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold"]
 _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "nlh"]
 
@@ -104,11 +104,12 @@ def _zeros(R: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def forward_streaming(
     p_q, p_k, p_v, p_o, p_lse, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, tiles: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
     scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
     s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_on: tl.int64, s_ol: tl.int64, s_oh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +154,7 @@ def forward_streaming(
         b_k += BN * _stride(s_kn)
         b_v += BN * _stride(s_vn)
 
-    b_o = p_o + group * D + _rows(rows, groups.to(tl.int64) * D, BD)
+    b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
     for c in tl.static_range(NC):
         _store(b_o, acc[c] / total[:, None], m_rows, c, D, BD)
     tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
@@ -162,11 +163,12 @@ def forward_streaming(
 @triton.jit(do_not_specialize=_RUNTIME)
 def backward_query(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, tiles: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
     s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_on: tl.int64, s_ol: tl.int64, s_oh: tl.int64,
     s_don: tl.int64, s_dol: tl.int64, s_doh: tl.int64,
     s_dqn: tl.int64, s_dql: tl.int64, s_dqh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -182,7 +184,7 @@ def backward_query(
     keys = tl.arange(0, BN)
     m_rows = rows < N
 
-    b_o = p_o + group * D + _rows(rows, groups.to(tl.int64) * D, BD)
+    b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
     b_do = p_do + _base(position, head, s_dol, s_doh) + _rows(rows, s_don, BD)
     do = ()
     delta = tl.zeros((BM,), tl.float32)
@@ -364,6 +366,7 @@ def forward_packed(
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
     s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
+    s_on: tl.int64, s_ol: tl.int64, s_oh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +391,7 @@ def forward_packed(
         p *= tl.where(keep, keep_scale, 0.0)
     p = p.to(p_v.dtype.element_ty)
 
-    b_o = p_o + ((first_group + q_slot).to(tl.int64) * D)[:, None] + _rows(q_row, groups.to(tl.int64) * D, BD)
+    b_o = p_o + _base(q_position, q_head, s_ol, s_oh)[:, None] + _rows(q_row, s_on, BD)
     for c in range(NC):
         if NC > 1:
             v = _load(b_v, m_keys, c, D, BD)
@@ -450,9 +453,14 @@ def backward_packed(
         _store(p_dv + o_dk, dv, m_keys, c, D, BD)
 
 
+def _positions(x: Tensor) -> Tensor:
+    """(N, …, H, D) → (N, L, H, D)."""
+    return x.unsqueeze(1) if x.dim() == 3 else x.flatten(1, -3)
+
+
 def _layout(x: Tensor) -> Tensor:
     """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy where rows do not start at 16 bytes."""
-    x = x.unsqueeze(1) if x.dim() == 3 else x.flatten(1, -3)
+    x = _positions(x)
     steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
     if x.stride(-1) != 1 or any(step % 8 for step in steps[:-1]) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -466,30 +474,15 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 def _constants(x: Tensor, threshold: int) -> dict[str, object]:
     """The compile-time arguments that every kernel takes, tiles aside."""
-    keep = {0: KEEP_ALL, 32768: KEEP_BITS}.get(threshold, KEEP_HALVES)
     # fp32 products in TF32 only where PyTorch's own are (DESIGN section 5).
     tf32 = x.dtype != torch.float32 or (x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32")
-    return {"D": x.shape[-1], "KEEP": keep.value, "PRECISION": "tf32" if tf32 else "ieee"}
+    return {"D": x.shape[-1], "KEEP": keep_mode(threshold), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def _keep_scale(threshold: int) -> float:
-    """What a kept weight is multiplied by; nothing is kept at 65,536."""
-    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
-
-
-def _launch(kernel, config: Config, programs: int, arguments: tuple, constants: dict[str, object]) -> None:
-    q = arguments[0]
-    device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
-    with device:
-        kernel[(programs,)](
-            *arguments,
-            **constants,
-            BM=config.block_m,
-            BN=config.block_n,
-            BD=config.block_d,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+def _run(kernel, config: Config, programs: int, arguments: tuple, constants: dict[str, object]) -> None:
+    tiles = {"BM": config.block_m, "BN": config.block_n, "BD": config.block_d}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(kernel, programs, arguments[0].device, arguments, {**constants, **tiles, **options})
 
 
 def choose(kernel: str, q: Tensor, m: int) -> Config:
@@ -498,42 +491,50 @@ def choose(kernel: str, q: Tensor, m: int) -> Config:
     return config_for(kernel, n, m, positions * heads, head_dim, q.dtype.itemsize, device_limits(q.device))
 
 
+def streams(n: int, m: int) -> bool:
+    """Whether attention of N queries to M keys leaves a log-sum-exp, and needs that and its result for backward."""
+    return schedule(n, m) == "streaming"
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *, scale: float, threshold: int
-) -> tuple[Tensor, Tensor | None]:
-    """o and what backward needs besides the inputs.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    *,
+    scale: float,
+    threshold: int,
+    o: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """o = drop(softmax(scale · q kᵀ)) v, and the log-sum-exp of every row of scores.
 
     Args:
-        q: (N, …, H, D), fp32, fp16 or bf16; N ≥ 1, D a multiple of 8 and at most 512.
-        k: (M, …, H, D), M ≥ 1, q's dtype and device; v likewise.
+        q: (N, …, H, D), D ≤ 512, channels contiguous (rows that do not start at 16 bytes are copied).
+        k, v: (M, …, H, D), likewise.
         seed: int64, one element, on q's device; None only if nothing is dropped.
         scale: of the scores.
         threshold: of 65,536, how many values mean "drop".
-
-    Returns:
-        o (N, …, H, D), contiguous, and the log-sum-exp (positions · H, N) in fp32, None from the packed schedule.
+        o: q's shape, to write to, channels contiguous.
+        lse: (positions · H, N) fp32, to write to; None if the call is packed, that is unless :func:`streams`.
     """
-    shape = q.shape
-    q, k, v = _layout(q), _layout(k), _layout(v)
+    q, k, v, o = _layout(q), _layout(k), _layout(v), _positions(o)
     n, positions, heads, _ = q.shape
     m, groups = k.shape[0], positions * heads
-    o = torch.empty(shape, dtype=q.dtype, device=q.device)
-    numbers = (scale * LOG2_E, threshold, _keep_scale(threshold))
-    strides = (*_strides(q), *_strides(k), *_strides(v))
+    numbers = (scale * LOG2_E, threshold, keep_scale(threshold))
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(o))
     constants = _constants(q, threshold)
-    seed = o if seed is None else seed
-    if schedule(n, m) == "packed":
+    seed = seed_or(seed, q)
+    if lse is None:
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
         arguments = (q, k, v, o, seed, n, m, heads, groups, slots, *numbers, *strides)
-        _launch(forward_packed, config, triton.cdiv(groups, slots), arguments, constants)
-        return o, None
+        _run(forward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        return
     config = choose("forward_streaming", q, m)
-    lse = torch.empty(groups, n, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(n, config.block_m)
-    arguments = (q, k, v, o, lse, seed, n, m, heads, groups, tiles, *numbers, *strides)
-    _launch(forward_streaming, config, groups * tiles, arguments, constants)
-    return o, lse
+    arguments = (q, k, v, o, lse, seed, n, m, heads, tiles, *numbers, *strides)
+    _run(forward_streaming, config, groups * tiles, arguments, constants)
 
 
 def backward(
@@ -541,7 +542,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor | None,
     seed: Tensor | None,
     dq: Tensor,
@@ -556,38 +557,42 @@ def backward(
 
     Args:
         do: (N, …, H, D), any strides.
-        q, k, v, seed, scale, threshold: as they were in :func:`forward`; o and lse as it returned them.
+        q, k, v, seed, scale, threshold: as they were in :func:`forward`; o and lse as it wrote them, both None if it
+            was packed.
         dq: (N, …, H, D) to write to, channels contiguous, rows at multiples of 16 bytes; dk and dv (M, …, H, D)
             likewise, with equal strides.
         needs: whether dq, dk and dv are wanted; the packed schedule writes all, the other leaves the rest as it is.
     """
     do, q, k, v = _layout(do), _layout(q), _layout(k), _layout(v)
-    dq, dk, dv = (x.unsqueeze(1) if x.dim() == 3 else x.flatten(1, -3) for x in (dq, dk, dv))
+    dq, dk, dv = _positions(dq), _positions(dk), _positions(dv)
     n, positions, heads, _ = q.shape
     m, groups = k.shape[0], positions * heads
-    numbers = (scale, scale * LOG2_E, threshold, _keep_scale(threshold))
-    inputs = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
+    numbers = (scale, scale * LOG2_E, threshold, keep_scale(threshold))
+    inputs = (*_strides(q), *_strides(k), *_strides(v))
     constants = _constants(q, threshold)
-    seed = o if seed is None else seed
+    seed = seed_or(seed, q)
     if lse is None:
         config = choose("backward_packed", q, m)
         slots = packed_slots(config, n, m)
-        strides = (*inputs, *_strides(dq), *_strides(dk))
+        strides = (*inputs, *_strides(do), *_strides(dq), *_strides(dk))
         arguments = (q, k, v, do, dq, dk, dv, seed, n, m, heads, groups, slots, *numbers, *strides)
-        _launch(backward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        _run(backward_packed, config, triton.cdiv(groups, slots), arguments, constants)
         return
     config = choose("backward_query", q, m)
+    o = _positions(o)
     delta = torch.empty_like(lse)
     tiles = triton.cdiv(n, config.block_m)
-    arguments = (q, k, v, o, do, lse, delta, dq, seed, n, m, heads, groups, tiles, *numbers, *inputs, *_strides(dq))
+    strides = (*inputs, *_strides(o), *_strides(do), *_strides(dq))
+    arguments = (q, k, v, o, do, lse, delta, dq, seed, n, m, heads, tiles, *numbers, *strides)
     constants["RELOAD"] = config.reload
-    _launch(backward_query, config, groups * tiles, arguments, {**constants, "NEEDS_DQ": needs[0]})
+    _run(backward_query, config, groups * tiles, arguments, {**constants, "NEEDS_DQ": needs[0]})
     config = choose("backward_key_value", q, m)
     constants["RELOAD"] = config.reload
     tiles = triton.cdiv(m, config.block_n)
-    arguments = (q, k, v, do, lse, delta, dk, dv, seed, n, m, heads, tiles, *numbers, *inputs, *_strides(dk))
+    strides = (*inputs, *_strides(do), *_strides(dk))
+    arguments = (q, k, v, do, lse, delta, dk, dv, seed, n, m, heads, tiles, *numbers, *strides)
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:
             flags = {"NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv}
-            _launch(backward_key_value, config, groups * tiles, arguments, {**constants, **flags})
+            _run(backward_key_value, config, groups * tiles, arguments, {**constants, **flags})

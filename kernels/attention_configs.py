@@ -9,21 +9,11 @@ compiled ahead of time by ``make aot``, which refuses spilled registers and more
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
-import torch
+from fastbf.kernels.limits import KIB, Limits
 
-KIB = 1024
 PACKED_ROWS = 32
-
-
-class Limits(NamedTuple):
-    """What a device allows."""
-
-    shared_memory: int  #: bytes a program may use
-    multiprocessors: int
-    capability: tuple[int, int]
 
 
 class Config(NamedTuple):
@@ -50,14 +40,14 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 128, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 4, 2)),
+        512: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
     },
     ("forward_streaming", 2, 100): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 32, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 4, 2)),
+        512: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 8, 2)),
     },
     ("forward_streaming", 4, 80): {
         64: (Config(32, 32, 64, 4, 2),),
@@ -243,13 +233,3 @@ def config_for(kernel: str, n: int, m: int, groups: int, head_dim: int, itemsize
         if groups * -(-rows // block) >= limits.multiprocessors and block < 2 * rows:
             return config
     return configs[-1]
-
-
-@cache
-def device_limits(device: torch.device) -> Limits:
-    """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
-    if device.type != "cuda":
-        return Limits(227 * KIB, 132, (9, 0))
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count, capability)

@@ -17,15 +17,17 @@ KEEP_ALL = tl.constexpr(0)
 KEEP_BITS = tl.constexpr(1)
 KEEP_HALVES = tl.constexpr(2)
 
+# Where dropout acts: fastbf.dropout.Site.
+ATTENTION = tl.constexpr(0)
+
 ROUNDS = tl.constexpr(7)
-ATTENTION_SITE = tl.constexpr(0)
 
 
 @triton.jit
-def _attention_words(seed, group, row, call):
+def _words(seed, site, group, row, call):
     """The four words of a Philox call; row, group and call broadcast."""
     low = group.to(tl.uint32)
-    high = ((group >> 32) * 4 + ATTENTION_SITE).to(tl.uint32)
+    high = ((group >> 32) * 4 + site).to(tl.uint32)
     return tl.philox(seed, call.to(tl.uint32), row.to(tl.uint32), low, high, ROUNDS)
 
 
@@ -33,7 +35,7 @@ def _attention_words(seed, group, row, call):
 def _bits(seed, group, rows, start, BN: tl.constexpr):
     """rows [BM] → [BM, BN], 1 where kept: columns start … start + BN - 1, start a multiple of BN, BN ≤ 128."""
     columns = tl.arange(0, BN)[None, :]
-    w0, w1, w2, w3 = _attention_words(seed, group, rows, rows * 0 + start // 128)
+    w0, w1, w2, w3 = _words(seed, ATTENTION, group, rows, rows * 0 + start // 128)
     if BN <= 64:
         upper = start % 128 >= 64
         w0, w1 = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
@@ -53,7 +55,7 @@ def _halves(seed, group, rows, start, BN: tl.constexpr):
     BM: tl.constexpr = rows.shape[0]
     CALLS: tl.constexpr = 4 if BN == 16 else BN // 8
     calls = start // 32 * 4 + tl.arange(0, CALLS)
-    w0, w1, w2, w3 = _attention_words(seed, group, rows[:, None], calls[None, :])  # [BM, CALLS]
+    w0, w1, w2, w3 = _words(seed, ATTENTION, group, rows[:, None], calls[None, :])  # [BM, CALLS]
     if BN == 16:
         lower = start % 32 == 0
         words = tl.join(tl.where(lower, w0, w2), tl.where(lower, w1, w3))  # [BM, 4, 2]
@@ -97,14 +99,41 @@ def keep_each(seed, groups, rows, columns, threshold, KEEP: tl.constexpr):
         threshold: as in :func:`keep_tile`.
     """
     if KEEP == KEEP_BITS:
-        word, _w1, _w2, _w3 = _attention_words(seed, groups, rows, rows * 0)
+        word, _w1, _w2, _w3 = _words(seed, ATTENTION, groups, rows, rows * 0)
     else:
         drop = threshold.to(tl.uint32)
         quarter = tl.arange(0, 4)[None, :]
-        w0, w1, w2, w3 = _attention_words(seed, groups[:, None], rows[:, None], quarter)  # [BM, 4]
+        w0, w1, w2, w3 = _words(seed, ATTENTION, groups[:, None], rows[:, None], quarter)  # [BM, 4]
         two = _two(w0, drop) | _two(w1, drop) << 8 | _two(w2, drop) << 16 | _two(w3, drop) << 24
         word = tl.sum(two << (2 * quarter).to(tl.uint32), 1)
     return ((word[:, None] >> columns[None, :].to(tl.uint32)) & 1) != 0
+
+
+@triton.jit
+def keep_rows(seed, site, positions, rows, start, threshold, BC: tl.constexpr, KEEP: tl.constexpr):
+    """The decisions of an elementwise site for rows of channels: bool [BM, BC].
+
+    Args:
+        seed: int64.
+        site: ``fastbf.dropout.Site``.
+        positions: [BM] int64.
+        rows: [BM] int32, the samples' indices along the batch.
+        start: the first channel, a multiple of BC; BC ≥ 32.
+        threshold: as in :func:`keep_tile`.
+    """
+    BM: tl.constexpr = rows.shape[0]
+    if KEEP == KEEP_BITS:
+        word = start // 32 + tl.arange(0, BC // 32)[None, :]
+        w0, w1, w2, w3 = _words(seed, site, positions[:, None], rows[:, None], word // 4)
+        words = tl.where(word % 4 < 2, tl.where(word % 4 == 0, w0, w1), tl.where(word % 4 == 2, w2, w3))
+        bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1
+        return tl.reshape(bits, (BM, BC)) != 0
+    else:
+        calls = start // 8 + tl.arange(0, BC // 8)[None, :]
+        w0, w1, w2, w3 = _words(seed, site, positions[:, None], rows[:, None], calls)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BM, BC // 8, 2, 2], the four words in their order
+        halves = tl.join(words & 0xFFFF, words >> 16)
+        return tl.reshape(halves, (BM, BC)) >= threshold.to(tl.uint32)
 
 
 @triton.jit

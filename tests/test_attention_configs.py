@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from fastbf.kernels.attention_configs import KIB, TABLE, Limits, config_for, packed_slots, schedule
+from fastbf.kernels.attention_configs import TABLE, config_for, packed_slots, schedule
+from fastbf.kernels.limits import KIB, Limits
 
 A100 = Limits(163 * KIB, 108, (8, 0))
 RTX_4090 = Limits(99 * KIB, 128, (8, 9))

@@ -1,0 +1,247 @@
+"""What the autograd Functions run: the kernels, and the same as registered operators while ``torch.compile`` looks on.
+
+In eager mode a Function calls the launchers directly, which costs the host least. A compiler cannot see through them;
+while it traces, the Function calls operators of the namespace ``fastbf`` instead, one a direction, which allocate what
+they return and of which the compiler knows shapes and dtypes. Importing this imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastbf import encoder, encoder_backward
+from fastbf.dropout import Site
+from fastbf.encoder import Layer, Saved
+from fastbf.encoder_backward import Gradients, Wanted
+from fastbf.encoder_weights import Factors
+from fastbf.kernels import activation, add_norm, attention
+from fastbf.kernels.limits import device_limits
+from fastbf.kernels.rows import Rows, partial_sums
+from fastbf.reference import LayerWeights
+
+
+def _operator(schema: str, fake: Callable[..., list[Tensor]]) -> Callable[[Callable], Callable]:
+    """Registers a function by its name and this schema; what replaces it calls the operator only under a compiler."""
+
+    def register(raw: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        name = f"fastbf::{raw.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, ("cpu", "cuda"))(raw)
+        torch.library.register_fake(name)(fake)
+        operator = getattr(torch.ops.fastbf, raw.__name__).default
+
+        def call(*args: object) -> list[Tensor]:
+            return (operator if torch.compiler.is_compiling() else raw)(*args)
+
+        return call
+
+    return register
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Contiguous, whatever x's strides."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _attention_results(q: Tensor, k: Tensor, v: Tensor, *_: object) -> list[Tensor]:
+    o = [_empty_like(q)]
+    if attention.streams(q.shape[0], k.shape[0]):
+        groups = q[0, ..., 0].numel()
+        o.append(torch.empty(groups, q.shape[0], dtype=torch.float32, device=q.device))
+    return o
+
+
+@_operator("(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, int drop) -> Tensor[]", _attention_results)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, drop: int
+) -> list[Tensor]:  # fmt: skip
+    """[o], or [o, lse] where attention streams."""
+    results = _attention_results(q, k, v)
+    o, lse = results if len(results) == 2 else (*results, None)
+    attention.forward(q, k, v, seed, scale=scale, threshold=drop, o=o, lse=lse)
+    return results
+
+
+def _attention_gradients(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> list[Tensor]:
+    return [_empty_like(x) for x in (q, k, v)]
+
+
+@_operator(
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? lse, Tensor? seed, float scale, int drop,"
+    " bool[] needs) -> Tensor[]",
+    _attention_gradients,
+)
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor | None, seed: Tensor | None,
+    scale: float, drop: int, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk and dv; what is not needed may hold anything."""
+    grads = _attention_gradients(do, q, k, v)
+    attention.backward(do, q, k, v, o, lse, seed, *grads, scale=scale, threshold=drop, needs=tuple(needs))
+    return grads
+
+
+_LAYER = (
+    "int samples, int positions, bool position_major, int num_heads, str activation, bool norm_first, float eps,"
+    " int drop, str fork, ScalarType compute, ScalarType norm"
+)
+
+
+def _encoder_results(x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer):
+    out, saved = encoder.allocate(x, plain, LayerWeights(*weights), Layer(*layer))
+    return [out, *(t for t in saved if t is not None)]
+
+
+@_operator(f"(Tensor x, Tensor? plain, Tensor?[] weights, Tensor? seed, {_LAYER}) -> Tensor[]", _encoder_results)
+def _encoder_forward(
+    x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer: object
+) -> list[Tensor]:
+    out, saved = encoder.forward(x, plain, LayerWeights(*weights), seed, Layer(*layer))
+    return [out, *(t for t in saved if t is not None)]
+
+
+def encoder_forward(
+    x: Tensor, plain: Tensor | None, weights: LayerWeights, seed: Tensor | None, layer: Layer
+) -> tuple[Tensor, Saved]:
+    """``fastbf.encoder.forward``."""
+    out, *rest = _encoder_forward(x, plain, list(weights), seed, *layer)
+    tensors = iter(rest)
+    return out, Saved(*(next(tensors) if is_kept else None for is_kept in encoder.kept(x.dtype, weights, layer)))
+
+
+def _encoder_gradients(
+    d_out: Tensor, x: Tensor, saved: Sequence[Tensor | None], factors: Sequence[Tensor], seed: Tensor | None,
+    wanted: Sequence[bool], dtype: torch.dtype, *layer: object,
+) -> list[Tensor]:  # fmt: skip
+    channels, width = x.shape[1], Saved(*saved).hidden.shape[1]
+    shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), (width, channels), (channels, width))
+    wanted = Wanted(*wanted)
+    names = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "linear1_weight", "linear2_weight")
+    size = (2 if Layer(*layer).fork == "input" else 1) * x.shape[0]
+    grads = [torch.empty(size, channels, dtype=x.dtype, device=x.device)] if wanted.x else []
+    grads += [
+        torch.empty(shape, dtype=dtype, device=x.device)
+        for name, shape in zip(names, shapes, strict=True)
+        if getattr(wanted, name)
+    ]
+    if wanted.sums:
+        sums = encoder_backward.sums_width(channels, width)
+        grads.append(torch.empty(sums, dtype=torch.float32, device=x.device))
+    return grads
+
+
+@_operator(
+    "(Tensor d_out, Tensor x, Tensor?[] saved, Tensor[] factors, Tensor? seed, bool[] wanted, ScalarType dtype,"
+    f" {_LAYER}) -> Tensor[]",
+    _encoder_gradients,
+)
+def _encoder_backward(
+    d_out: Tensor, x: Tensor, saved: Sequence[Tensor | None], factors: Sequence[Tensor], seed: Tensor | None,
+    wanted: Sequence[bool], dtype: torch.dtype, *layer: object,
+) -> list[Tensor]:  # fmt: skip
+    grads = encoder_backward.backward(
+        d_out, x, Saved(*saved), Factors(*factors), seed, Layer(*layer), Wanted(*wanted), dtype
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def encoder_gradients(
+    d_out: Tensor, x: Tensor, saved: Saved, factors: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
+    dtype: torch.dtype,
+) -> Gradients:  # fmt: skip
+    """``fastbf.encoder_backward.backward``."""
+    grads = iter(_encoder_backward(d_out, x, list(saved), list(factors), seed, list(wanted), dtype, *layer))
+    present = (*wanted[:4], wanted.linear1_weight, wanted.linear2_weight, wanted.sums)
+    return Gradients(*(next(grads) if is_present else None for is_present in present))
+
+
+_ROWS = "int samples, int positions, bool position_major"
+
+
+def _add_norm_results(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, seed: Tensor | None, drop: int,
+    norm: torch.dtype, *rows: object,
+) -> list[Tensor]:  # fmt: skip
+    total = torch.promote_types(x.dtype, residual.dtype)
+    return [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in (norm, total)]
+
+
+@_operator(
+    "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor? seed, int drop, ScalarType norm,"
+    f" {_ROWS}) -> Tensor[]",
+    _add_norm_results,
+)
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, seed: Tensor | None, drop: int,
+    norm: torch.dtype, *rows: int | bool,
+) -> list[Tensor]:  # fmt: skip
+    """[y, s] of rows [R, C] in the order that ``Rows(*rows)`` tells; y in the dtype ``norm``."""
+    y, total = results = _add_norm_results(x, residual, weight, bias, eps, seed, drop, norm)
+    add_norm.forward(
+        residual, Rows(*rows), y=y, x=x, norm=(weight, bias, eps), total=total,
+        seed=seed, site=int(Site.ATTENTION_OUTPUT), threshold=drop,
+    )  # fmt: skip
+    return results
+
+
+def _add_norm_gradients(
+    dy: Tensor, total: Tensor, weight: Tensor, eps: float, seed: Tensor | None, drop: int, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, *rows: object,
+) -> list[Tensor]:  # fmt: skip
+    sums = torch.empty(2 * dy.shape[1], dtype=torch.float32, device=dy.device)
+    return [*(torch.empty(dy.shape, dtype=dtype, device=dy.device) for dtype in (x_dtype, residual_dtype)), sums]
+
+
+@_operator(
+    "(Tensor dy, Tensor total, Tensor weight, float eps, Tensor? seed, int drop, ScalarType x_dtype,"
+    f" ScalarType residual_dtype, {_ROWS}) -> Tensor[]",
+    _add_norm_gradients,
+)
+def add_norm_backward(
+    dy: Tensor, total: Tensor, weight: Tensor, eps: float, seed: Tensor | None, drop: int, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, *rows: int | bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of x, of the residual, and, in one fp32 tensor, of weight and bias."""
+    channels = dy.shape[1]
+    dx, ds, _ = _add_norm_gradients(dy, total, weight, eps, seed, drop, x_dtype, residual_dtype)
+    partials = torch.empty(
+        partial_sums(dy.shape[0], device_limits(dy.device)), 3 * channels, dtype=torch.float32, device=dy.device
+    )
+    add_norm.backward(
+        dy, Rows(*rows), norm=(total, weight, eps), ds=ds, dx=dx, partials=partials,
+        seed=seed, site=int(Site.ATTENTION_OUTPUT), threshold=drop,
+    )  # fmt: skip
+    return [dx, ds, partials[:, channels:].sum(0)]
+
+
+def _activation_results(h: Tensor, *_: object) -> list[Tensor]:
+    return [_empty_like(h)]
+
+
+@_operator(f"(Tensor h, str activation, Tensor? seed, int drop, {_ROWS}) -> Tensor[]", _activation_results)
+def activation_forward(
+    h: Tensor, name: str, seed: Tensor | None, drop: int, *rows: int | bool
+) -> list[Tensor]:  # fmt: skip
+    """[u] of rows [R, F] in the order that ``Rows(*rows)`` tells."""
+    (u,) = results = _activation_results(h)
+    activation.forward(h, Rows(*rows), name, u=u, seed=seed, site=int(Site.ACTIVATION), threshold=drop)
+    return results
+
+
+def _activation_gradients(du: Tensor, *_: object) -> list[Tensor]:
+    return [_empty_like(du)]
+
+
+@_operator(
+    f"(Tensor du, Tensor saved, str activation, Tensor? seed, int drop, {_ROWS}) -> Tensor[]", _activation_gradients
+)
+def activation_backward(
+    du: Tensor, saved: Tensor, name: str, seed: Tensor | None, drop: int, *rows: int | bool
+) -> list[Tensor]:  # fmt: skip
+    """[dh]; ``saved`` is u with ReLU, h with GELU."""
+    (dh,) = grads = _activation_gradients(du)
+    activation.backward(du, saved, Rows(*rows), name, dh=dh, seed=seed, site=int(Site.ACTIVATION), threshold=drop)
+    return grads

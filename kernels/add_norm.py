@@ -1,0 +1,276 @@
+"""Dropout + residual + LayerNorm, forward and backward, with the fork's other half.
+
+A program holds whole rows of C channels: s = residual + drop(x), y = LayerNorm(s). Statistics are taken in fp32, from s
+before it is rounded. Backward takes them again from the stored s, which costs two sums over what is in registers
+anyway; each of a bounded number of programs walks over many rows and sums the gradients of weight, bias and of the bias
+that x was added by in fp32, one partial sum each, so that a sum over few rows is left and the order is fixed.
+
+The same two kernels serve every place between two matrix products of an encoder layer, post-norm or pre-norm, by flags.
+
+Shapes: rows [R, C], dense, in the order of :class:`fastbf.kernels.rows.Rows`; y and its gradient may be the mixed half
+of a fork, plain the other half. Offsets are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbf.kernels.launch import keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.rng import KEEP_ALL
+from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
+
+#: Channels up to which a program's sums over rows fit its registers. Above, they are added up in the caches.
+SUMS_IN_REGISTERS = 4096
+
+_RUNTIME = ["rows", "inner", "position_major", "skipped", "half", "stride", "site", "threshold"]
+
+
+@triton.jit
+def _offsets(index, outer, skipped, half, columns, FORKED: tl.constexpr, C: tl.constexpr):
+    """Offsets [BM, BC] of rows, or of those of a fork's mixed half if FORKED, of the plain half where ``half`` is 0."""
+    row = index.to(tl.int64)
+    if FORKED:
+        row += outer.to(tl.int64) * skipped + half
+    return row[:, None] * C + columns[None, :]
+
+
+@triton.jit
+def _normalised(s, mask, eps, C: tl.constexpr):
+    """s [BM, BC] fp32 → (s - mean) / std, zeros outside the mask, and 1 / std [BM]."""
+    mean = tl.sum(s, 1) * (1.0 / C)
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)
+    return tl.where(mask, centred * rstd[:, None], 0.0), rstd
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def add_norm_forward(
+    p_x, p_residual, p_weight, p_bias, p_plain, p_sum, p_y, p_copy, p_seed,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, skipped: tl.int32, half: tl.int32,
+    site: tl.int32, threshold: tl.int32, keep_scale: tl.float32, eps: tl.float32,
+    C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
+    HAS_X: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STORE_SUM: tl.constexpr, COPY: tl.constexpr, FORK: tl.constexpr, PLAIN_FORKED: tl.constexpr,
+):  # fmt: skip
+    """BM rows: s, y, y again in another dtype, and the plain half of the fork, each if its flag is set."""
+    index = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.arange(0, BC)
+    outer, sample, position = place(index, inner, position_major)
+    mask = (index < rows)[:, None] & (columns < C)[None, :]
+    offsets = _offsets(index, outer, skipped, half, columns, False, C)
+    o_y = _offsets(index, outer, skipped, half, columns, FORK, C)
+
+    s = tl.load(p_residual + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BC]
+    if HAS_X:
+        x = tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
+        if KEEP != KEEP_ALL:
+            x *= multiplier(p_seed, site, position, sample, 0, threshold, keep_scale, BC, KEEP)
+        s += x
+    if STORE_SUM:
+        tl.store(p_sum + offsets, s.to(p_sum.dtype.element_ty), mask=mask)
+    if FORK:
+        o_plain = _offsets(index, outer, skipped, 0, columns, PLAIN_FORKED, C)
+        plain = tl.load(p_plain + o_plain, mask=mask, other=0.0)
+        o_plain = _offsets(index, outer, skipped, 0, columns, True, C)
+        tl.store(p_y + o_plain, plain.to(p_y.dtype.element_ty), mask=mask)
+    y = s
+    if NORM:
+        y, _ = _normalised(s, mask, eps, C)
+        y *= tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            y += tl.load(p_bias + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + o_y, y.to(p_y.dtype.element_ty), mask=mask)
+    if COPY:
+        tl.store(p_copy + offsets, y.to(p_copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_to(p_total, x, columns, first, C: tl.constexpr):
+    """Adds a row x [1, BC] to what stands in memory, or writes it if it is the first."""
+    mask = (columns < C)[None, :]
+    p_total += columns[None, :]
+    x += tl.load(p_total, mask=mask & (first == 0), other=0.0)
+    tl.store(p_total, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def add_norm_backward(
+    p_dy, p_dy2, p_skip, p_d_plain, p_sum, p_weight, p_ds, p_dx, p_partials, p_seed,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, skipped: tl.int32, half: tl.int32,
+    stride: tl.int32, site: tl.int32, threshold: tl.int32, keep_scale: tl.float32, eps: tl.float32,
+    C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
+    HAS_X: tl.constexpr, NORM: tl.constexpr, HAS_DY2: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_PLAIN: tl.constexpr,
+    STORE_DS: tl.constexpr, PARTIALS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    DY_FORKED: tl.constexpr, SKIP_FORKED: tl.constexpr, DS_FORKED: tl.constexpr,
+):  # fmt: skip
+    """Every row a program comes to: ds and dx; at the end its partial sums. Grid: the number of partial sums.
+
+    dy + dy2 is the gradient of y, and skip joins what the norm hands to s. d_plain, the plain half of y's fork, joins
+    what is written to ds, or, where ds is a fork too, fills the plain half of that. A program's partial sums stand in a
+    row of ``stride`` numbers: those of x, then of the norm's weight and bias, C each, without gaps.
+    """
+    program = tl.program_id(0)
+    columns = tl.arange(0, BC)
+    p_partials += program.to(tl.int64) * stride
+    if IN_REGISTERS:
+        d_weight = tl.zeros((BM, BC), tl.float32)
+        d_bias = tl.zeros((BM, BC), tl.float32)
+        d_x = tl.zeros((BM, BC), tl.float32)
+    if NORM:
+        weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    for start in range(program * BM, rows, tl.num_programs(0) * BM):
+        index = start + tl.arange(0, BM)
+        outer, sample, position = place(index, inner, position_major)
+        mask = (index < rows)[:, None] & (columns < C)[None, :]
+        offsets = _offsets(index, outer, skipped, half, columns, False, C)
+        o_dy = _offsets(index, outer, skipped, half, columns, DY_FORKED, C)
+        ds = tl.load(p_dy + o_dy, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DY2:
+            ds += tl.load(p_dy2 + offsets, mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            s = tl.load(p_sum + offsets, mask=mask, other=0.0).to(tl.float32)
+            s, rstd = _normalised(s, mask, eps, C)  # [BM, BC], [BM]
+            if IN_REGISTERS:
+                d_weight += ds * s
+                d_bias += ds
+            elif PARTIALS:
+                _add_to(p_partials + HAS_X * C, ds * s, columns, start == program, C)
+                _add_to(p_partials + HAS_X * C + C, ds, columns, start == program, C)
+            ds *= weight
+            mean, along = tl.sum(ds, 1) * (1.0 / C), tl.sum(ds * s, 1) * (1.0 / C)
+            ds = (ds - mean[:, None] - s * along[:, None]) * rstd[:, None]
+            if HAS_SKIP:
+                o_skip = _offsets(index, outer, skipped, half, columns, SKIP_FORKED, C)
+                ds += tl.load(p_skip + o_skip, mask=mask, other=0.0).to(tl.float32)
+        if HAS_X:
+            dx = ds
+            if KEEP != KEEP_ALL:
+                dx *= multiplier(p_seed, site, position, sample, 0, threshold, keep_scale, BC, KEEP)
+            tl.store(p_dx + offsets, dx.to(p_dx.dtype.element_ty), mask=mask)
+            if IN_REGISTERS:
+                d_x += tl.where(mask, dx, 0.0)
+            elif PARTIALS:
+                _add_to(p_partials, dx, columns, start == program, C)
+        if STORE_DS:
+            if HAS_PLAIN:
+                o_plain = _offsets(index, outer, skipped, 0, columns, True, C)
+                plain = tl.load(p_d_plain + o_plain, mask=mask, other=0.0).to(tl.float32)
+                if DS_FORKED:
+                    tl.store(p_ds + o_plain, plain.to(p_ds.dtype.element_ty), mask=mask)
+                else:
+                    ds += plain
+            o_ds = _offsets(index, outer, skipped, half, columns, DS_FORKED, C)
+            tl.store(p_ds + o_ds, ds.to(p_ds.dtype.element_ty), mask=mask)
+
+    if IN_REGISTERS:
+        if HAS_X:
+            tl.store(p_partials + columns, tl.sum(d_x, 0), mask=columns < C)
+            p_partials += C
+        if NORM:
+            tl.store(p_partials + columns, tl.sum(d_weight, 0), mask=columns < C)
+            tl.store(p_partials + C + columns, tl.sum(d_bias, 0), mask=columns < C)
+
+
+def forward(
+    residual: Tensor,
+    rows: Rows,
+    *,
+    y: Tensor,
+    x: Tensor | None = None,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    total: Tensor | None = None,
+    copy: Tensor | None = None,
+    plain: Tensor | None = None,
+    plain_forked: bool = False,
+    seed: Tensor | None = None,
+    site: int = 0,
+    threshold: int = 0,
+) -> None:
+    """y = LayerNorm(residual + drop(x)).
+
+    All tensors are dense in the order of ``rows``, R = N · L, and may differ in dtype.
+
+    Args:
+        residual: [R, C], C ≤ 8192.
+        y: [R, C] to write to; with ``plain`` the fork [2R, C], of which the mixed half is written.
+        x: [R, C]; None is zero.
+        norm: weight (C,), bias (C,) or None, eps; None leaves the sum as it is.
+        total: [R, C] to write residual + drop(x) to.
+        copy: [R, C] to write y to once more.
+        plain: [R, C], or, if ``plain_forked``, the plain half of a fork [2R, C]: written to the plain half of y.
+        seed: int64, one element; None only if nothing is dropped.
+        site: ``fastbf.dropout.Site``.
+        threshold: of 65,536, how many values mean "drop".
+    """
+    channels = residual.shape[-1]
+    tile = norm_tile("add_norm_forward", channels)
+    weight, bias, eps = norm or (None, None, 0.0)
+    optional = (x, residual, weight, bias, plain, total, y, copy, seed)
+    arguments = (
+        *(residual if t is None else t for t in optional),
+        rows.count, rows.inner, int(rows.position_major), *rows.fork, site, threshold, keep_scale(threshold), eps,
+    )  # fmt: skip
+    flags = {
+        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
+        "HAS_X": x is not None, "NORM": norm is not None, "HAS_BIAS": bias is not None,
+        "STORE_SUM": total is not None, "COPY": copy is not None, "FORK": plain is not None,
+        "PLAIN_FORKED": plain_forked,
+        "num_warps": tile.num_warps,
+    }  # fmt: skip
+    launch(add_norm_forward, triton.cdiv(rows.count, tile.rows), residual.device, arguments, flags)
+
+
+def backward(
+    dy: Tensor,
+    rows: Rows,
+    *,
+    dy_forked: bool = False,
+    dy2: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_forked: bool = False,
+    d_plain: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    ds: Tensor | None = None,
+    ds_forked: bool = False,
+    dx: Tensor | None = None,
+    partials: Tensor | None = None,
+    seed: Tensor | None = None,
+    site: int = 0,
+    threshold: int = 0,
+) -> None:
+    """The gradients of s = residual + drop(x) and of x, and partial sums of those of the norm and of x.
+
+    All tensors are dense in the order of ``rows``, R = N · L, and may differ in dtype.
+
+    Args:
+        dy: gradient of y [R, C], or, if ``dy_forked``, of a fork [2R, C].
+        dy2: [R, C], a second part of y's gradient, only where there is a norm.
+        skip: a gradient of s that comes from elsewhere, only where there is a norm: [R, C], or, if ``skip_forked``,
+            the mixed half of a fork [2R, C].
+        d_plain: gradient of a fork [2R, C], whose plain half joins ds; only where ds is wanted.
+        norm: the stored s [R, C], the norm's weight (C,), eps; None if there was no norm.
+        ds: [R, C] to write the gradient of s to, or, if ``ds_forked``, a fork [2R, C], to which d_plain goes too.
+        dx: [R, C] to write the gradient of x to; None if there was no x.
+        partials: (P, W) fp32, any row stride, or None; P programs run, and each fills a row: sums of the gradients of
+            x, if there is one, and of the norm's weight and bias, if there is one; C each.
+        seed, site, threshold: as in :func:`forward`.
+    """
+    channels = dy.shape[-1]
+    tile = norm_tile("add_norm_backward", channels)
+    total, weight, eps = norm or (None, None, 0.0)
+    optional = (dy, dy2, skip, d_plain, total, weight, ds, dx, partials)
+    programs = triton.cdiv(rows.count, tile.rows) if partials is None else partials.shape[0]
+    arguments = (
+        *(dy if t is None else t for t in optional), seed_or(seed, dy),
+        rows.count, rows.inner, int(rows.position_major), *rows.fork,
+        0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold), eps,
+    )  # fmt: skip
+    flags = {
+        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
+        "HAS_X": dx is not None, "NORM": norm is not None, "HAS_DY2": dy2 is not None, "HAS_SKIP": skip is not None,
+        "HAS_PLAIN": d_plain is not None, "STORE_DS": ds is not None, "PARTIALS": partials is not None,
+        "IN_REGISTERS": partials is not None and channels <= SUMS_IN_REGISTERS,
+        "DY_FORKED": dy_forked, "SKIP_FORKED": skip_forked, "DS_FORKED": ds_forked,
+        "num_warps": tile.num_warps,
+    }  # fmt: skip
+    launch(add_norm_backward, programs, dy.device, arguments, flags)

@@ -1,0 +1,28 @@
+"""What a device allows a program, for the pure functions that choose tiles."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+KIB = 1024
+
+
+class Limits(NamedTuple):
+    """What a device allows."""
+
+    shared_memory: int  #: bytes a program may use
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
+@cache
+def device_limits(device: torch.device) -> Limits:
+    """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
+    if device.type != "cuda":
+        return Limits(227 * KIB, 132, (9, 0))
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count, capability)

@@ -1,0 +1,17 @@
+"""A kernel that does next to nothing: whether Triton can build and launch one here."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbf.kernels.launch import launch
+
+
+@triton.jit
+def write_one(p_x):
+    tl.store(p_x, 1)
+
+
+def probe(device: torch.device) -> None:
+    """Builds and launches a kernel on ``device``; raises whatever hinders it."""
+    launch(write_one, 1, device, (torch.empty(1, dtype=torch.int32, device=device),), {"num_warps": 1})

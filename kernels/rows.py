@@ -1,0 +1,86 @@
+"""What the elementwise kernels share: where a row of channels stands, how its dropout is drawn, and tile sizes.
+
+A tensor (N, L, C) is a matrix of N · L rows in the order they lie in memory: sample by sample, or, for layouts like
+DETR's (L, N, C), position by position. Nothing is transposed: a kernel works on rows as they come and finds each one's
+sample and position, on which dropout depends, by division.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastbf.kernels.limits import Limits
+from fastbf.kernels.rng import keep_rows
+
+
+class Rows(NamedTuple):
+    """The rows of a tensor (N, L, C), dense in memory."""
+
+    samples: int
+    positions: int
+    position_major: bool  #: memory holds (L, N, C)
+
+    @property
+    def count(self) -> int:
+        return self.samples * self.positions
+
+    @property
+    def inner(self) -> int:
+        """Rows between one step of the outer dimension and the next."""
+        return self.samples if self.position_major else self.positions
+
+    @property
+    def fork(self) -> tuple[int, int]:
+        """What leads from row i, with outer index a, to a fork's (2N, L, C): i + a · first, + second if it is mixed."""
+        return (self.samples, self.samples) if self.position_major else (0, self.count)
+
+
+class Tile(NamedTuple):
+    """Tile of an elementwise kernel."""
+
+    rows: int
+    channels: int
+    num_warps: int
+
+
+# Warps for tiles of so many elements at most; a tile has at least as many as the first. Backward, in few programs that
+# live long, needs more bytes under way in each of them.
+_WARPS = {
+    "add_norm_forward": {1024: 4, 2048: 8, 4096: 16, 8192: 32},
+    "add_norm_backward": {2048: 8, 4096: 16, 8192: 32},
+}
+ACTIVATION_TILE = Tile(4, 512, 4)
+
+
+def norm_tile(kernel: str, channels: int) -> Tile:
+    """Whole rows of ``channels``, several of them where they are short."""
+    width = max(32, triton.next_power_of_2(channels))
+    warps = _WARPS[kernel]
+    rows = max(1, min(warps) // width)
+    return Tile(rows, width, warps[min(size for size in warps if size >= rows * width)])
+
+
+def partial_sums(rows: int, limits: Limits) -> int:
+    """Into how many partial sums a sum over ``rows`` goes: a program each, with four rows or more, two for a processor.
+
+    More of them cost more bytes to write and to add up than their parallelism gains.
+    """
+    return max(1, min(2 * limits.multiprocessors, rows // 4))
+
+
+@triton.jit
+def place(index, inner, position_major):
+    """Rows [BM] in memory order → outer index, sample, position (int64)."""
+    outer = index // inner
+    within = index - outer * inner
+    sample = tl.where(position_major != 0, within, outer)
+    position = tl.where(position_major != 0, outer, within)
+    return outer, sample, position.to(tl.int64)
+
+
+@triton.jit
+def multiplier(p_seed, site, positions, samples, start, threshold, keep_scale, BC: tl.constexpr, KEEP: tl.constexpr):
+    """What dropout multiplies a tile with: [BM, BC], 0 or ``keep_scale``."""
+    keep = keep_rows(tl.load(p_seed), site, positions, samples, start, threshold, BC, KEEP)
+    return tl.where(keep, keep_scale, 0.0)
