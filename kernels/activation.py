@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import ACTIVATION_TILE, Rows, multiplier, place
 
@@ -108,13 +108,13 @@ def forward(
         u: [R, F] to write to.
         seed, site, threshold: as in ``add_norm.forward``.
     """
-    tiles = triton.cdiv(h.shape[-1], ACTIVATION_TILE.channels)
-    arguments = (
-        h, u, seed_or(seed, h), rows.count, rows.inner, int(rows.position_major), tiles, site, threshold,
-        keep_scale(threshold),
+    tiles = cdiv(h.shape[-1], ACTIVATION_TILE.channels)
+    numbers = (
+        rows.count, rows.inner, int(rows.position_major), tiles, site, threshold, keep_scale(threshold)
     )  # fmt: skip
-    programs = triton.cdiv(rows.count, ACTIVATION_TILE.rows) * tiles
-    launch(activation_forward, programs, h.device, arguments, _constants(h, activation, threshold))
+    programs = cdiv(rows.count, ACTIVATION_TILE.rows) * tiles
+    tensors = (h, u, seed_or(seed, h))
+    launch(activation_forward, programs, h.device, tensors, numbers, _constants(h, activation, threshold))
 
 
 def backward(
@@ -140,13 +140,13 @@ def backward(
         partials: (P, F) fp32, any row stride, or None: partial sums of dh.
         seed, site, threshold: as in :func:`forward`.
     """
-    tiles = triton.cdiv(du.shape[-1], ACTIVATION_TILE.channels)
-    parts = triton.cdiv(rows.count, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
-    arguments = (
-        du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(seed, du),
+    tiles = cdiv(du.shape[-1], ACTIVATION_TILE.channels)
+    parts = cdiv(rows.count, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
+    tensors = (du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(seed, du))
+    numbers = (
         rows.count, rows.inner, int(rows.position_major), tiles,
         0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold),
     )  # fmt: skip
     constants = _constants(du, activation, threshold)
     constants.update(STORE_U=u is not None, PARTIALS=partials is not None)
-    launch(activation_backward, parts * tiles, du.device, arguments, constants)
+    launch(activation_backward, parts * tiles, du.device, tensors, numbers, constants)

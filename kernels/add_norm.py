@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
 
@@ -111,12 +111,13 @@ def add_norm_backward(
     """
     program = tl.program_id(0)
     columns = tl.arange(0, BC)
-    p_partials += program.to(tl.int64) * stride
     if IN_REGISTERS:
         d_weight = tl.zeros((BM, BC), tl.float32)
         d_bias = tl.zeros((BM, BC), tl.float32)
         d_x = tl.zeros((BM, BC), tl.float32)
-    if NORM:
+    elif PARTIALS:
+        p_partials += program.to(tl.int64) * stride
+    if NORM and (IN_REGISTERS or not PARTIALS):
         weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     for start in range(program * BM, rows, tl.num_programs(0) * BM):
         index = start + tl.arange(0, BM)
@@ -134,6 +135,7 @@ def add_norm_backward(
                 d_weight += ds * s
                 d_bias += ds
             elif PARTIALS:
+                weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
                 _add_to(p_partials + HAS_X * C, ds * s, columns, start == program, C)
                 _add_to(p_partials + HAS_X * C + C, ds, columns, start == program, C)
             ds *= weight
@@ -163,6 +165,7 @@ def add_norm_backward(
             tl.store(p_ds + o_ds, ds.to(p_ds.dtype.element_ty), mask=mask)
 
     if IN_REGISTERS:
+        p_partials += program.to(tl.int64) * stride
         if HAS_X:
             tl.store(p_partials + columns, tl.sum(d_x, 0), mask=columns < C)
             p_partials += C
@@ -206,8 +209,8 @@ def forward(
     tile = norm_tile("add_norm_forward", channels)
     weight, bias, eps = norm or (None, None, 0.0)
     optional = (x, residual, weight, bias, plain, total, y, copy, seed)
-    arguments = (
-        *(residual if t is None else t for t in optional),
+    tensors = tuple([residual if t is None else t for t in optional])
+    numbers = (
         rows.count, rows.inner, int(rows.position_major), *rows.fork, site, threshold, keep_scale(threshold), eps,
     )  # fmt: skip
     flags = {
@@ -217,7 +220,7 @@ def forward(
         "PLAIN_FORKED": plain_forked,
         "num_warps": tile.num_warps,
     }  # fmt: skip
-    launch(add_norm_forward, triton.cdiv(rows.count, tile.rows), residual.device, arguments, flags)
+    launch(add_norm_forward, cdiv(rows.count, tile.rows), residual.device, tensors, numbers, flags)
 
 
 def backward(
@@ -259,9 +262,9 @@ def backward(
     tile = norm_tile("add_norm_backward", channels)
     total, weight, eps = norm or (None, None, 0.0)
     optional = (dy, dy2, skip, d_plain, total, weight, ds, dx, partials)
-    programs = triton.cdiv(rows.count, tile.rows) if partials is None else partials.shape[0]
-    arguments = (
-        *(dy if t is None else t for t in optional), seed_or(seed, dy),
+    programs = cdiv(rows.count, tile.rows) if partials is None else partials.shape[0]
+    tensors = (*[dy if t is None else t for t in optional], seed_or(seed, dy))
+    numbers = (
         rows.count, rows.inner, int(rows.position_major), *rows.fork,
         0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold), eps,
     )  # fmt: skip
@@ -271,6 +274,6 @@ def backward(
         "HAS_PLAIN": d_plain is not None, "STORE_DS": ds is not None, "PARTIALS": partials is not None,
         "IN_REGISTERS": partials is not None and channels <= SUMS_IN_REGISTERS,
         "DY_FORKED": dy_forked, "SKIP_FORKED": skip_forked, "DS_FORKED": ds_forked,
-        "num_warps": tile.num_warps,
+        "num_warps": tile.num_warps, "maxnreg": tile.maxnreg,
     }  # fmt: skip
-    launch(add_norm_backward, programs, dy.device, arguments, flags)
+    launch(add_norm_backward, programs, dy.device, tensors, numbers, flags)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule
-from fastbf.kernels.launch import keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
 
@@ -479,10 +479,12 @@ def _constants(x: Tensor, threshold: int) -> dict[str, object]:
     return {"D": x.shape[-1], "KEEP": keep_mode(threshold), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def _run(kernel, config: Config, programs: int, arguments: tuple, constants: dict[str, object]) -> None:
+def _run(
+    kernel, config: Config, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, object]
+) -> None:  # fmt: skip
     tiles = {"BM": config.block_m, "BN": config.block_n, "BD": config.block_d}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(kernel, programs, arguments[0].device, arguments, {**constants, **tiles, **options})
+    launch(kernel, programs, tensors[0].device, tensors, numbers, {**constants, **tiles, **options})
 
 
 def choose(kernel: str, q: Tensor, m: int) -> Config:
@@ -528,13 +530,13 @@ def forward(
     if lse is None:
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
-        arguments = (q, k, v, o, seed, n, m, heads, groups, slots, *numbers, *strides)
-        _run(forward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        numbers = (n, m, heads, groups, slots, *numbers, *strides)
+        _run(forward_packed, config, cdiv(groups, slots), (q, k, v, o, seed), numbers, constants)
         return
     config = choose("forward_streaming", q, m)
-    tiles = triton.cdiv(n, config.block_m)
-    arguments = (q, k, v, o, lse, seed, n, m, heads, tiles, *numbers, *strides)
-    _run(forward_streaming, config, groups * tiles, arguments, constants)
+    tiles = cdiv(n, config.block_m)
+    numbers = (n, m, heads, tiles, *numbers, *strides)
+    _run(forward_streaming, config, groups * tiles, (q, k, v, o, lse, seed), numbers, constants)
 
 
 def backward(
@@ -575,24 +577,26 @@ def backward(
         config = choose("backward_packed", q, m)
         slots = packed_slots(config, n, m)
         strides = (*inputs, *_strides(do), *_strides(dq), *_strides(dk))
-        arguments = (q, k, v, do, dq, dk, dv, seed, n, m, heads, groups, slots, *numbers, *strides)
-        _run(backward_packed, config, triton.cdiv(groups, slots), arguments, constants)
+        tensors = (q, k, v, do, dq, dk, dv, seed)
+        numbers = (n, m, heads, groups, slots, *numbers, *strides)
+        _run(backward_packed, config, cdiv(groups, slots), tensors, numbers, constants)
         return
     config = choose("backward_query", q, m)
     o = _positions(o)
     delta = torch.empty_like(lse)
-    tiles = triton.cdiv(n, config.block_m)
+    tiles = cdiv(n, config.block_m)
+    tensors = (q, k, v, o, do, lse, delta, dq, seed)
     strides = (*inputs, *_strides(o), *_strides(do), *_strides(dq))
-    arguments = (q, k, v, o, do, lse, delta, dq, seed, n, m, heads, tiles, *numbers, *strides)
-    constants["RELOAD"] = config.reload
-    _run(backward_query, config, groups * tiles, arguments, {**constants, "NEEDS_DQ": needs[0]})
+    flags = {"RELOAD": config.reload, "NEEDS_DQ": needs[0]}
+    sizes = (n, m, heads, tiles)
+    _run(backward_query, config, groups * tiles, tensors, (*sizes, *numbers, *strides), {**constants, **flags})
     config = choose("backward_key_value", q, m)
-    constants["RELOAD"] = config.reload
-    tiles = triton.cdiv(m, config.block_n)
+    tiles = cdiv(m, config.block_n)
     strides = (*inputs, *_strides(do), *_strides(dk))
-    arguments = (q, k, v, do, lse, delta, dk, dv, seed, n, m, heads, tiles, *numbers, *strides)
+    tensors = (q, k, v, do, lse, delta, dk, dv, seed)
+    numbers = (n, m, heads, tiles, *numbers, *strides)
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:
-            flags = {"NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv}
-            _run(backward_key_value, config, groups * tiles, arguments, {**constants, **flags})
+            flags = {"RELOAD": config.reload, "NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv}
+            _run(backward_key_value, config, groups * tiles, tensors, numbers, {**constants, **flags})

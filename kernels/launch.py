@@ -4,14 +4,46 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
 
 from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES
 
+# Compiled kernels and the values of their compile-time parameters, by all that Triton's own cache goes by. Finding one
+# here costs the host a fraction of what Triton's dispatcher takes, which looks at every argument anew.
+_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}
 
-def launch(kernel, programs: int, device: torch.device, arguments: tuple, constants: dict[str, object]) -> None:
-    """Runs ``programs`` programs of a kernel on ``device``; ``constants`` hold num_warps and num_stages too."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*arguments, **constants)
+
+def launch(
+    kernel, programs: int, device: torch.device, tensors: tuple, numbers: tuple, constants: dict[str, object]
+) -> None:  # fmt: skip
+    """Runs ``programs`` programs of a kernel on ``device``.
+
+    Args:
+        kernel: its parameters are pointers, then numbers that it does not specialise on, then compile-time ones.
+        tensors, numbers: the first two, in order.
+        constants: the compile-time parameters by name, and options of the launch such as num_warps; of one call site
+            always in the same order.
+    """
+    here = device.index is None or device.index == torch.cuda.current_device()
+    with nullcontext() if here else torch.cuda.device(device):
+        if not isinstance(kernel, JITFunction):  # Triton's interpreter
+            kernel[(programs,)](*tensors, *numbers, **constants)
+            return
+        pointers = tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        key = (kernel.fn, device, pointers, *constants.values())
+        found = _compiled.get(key)
+        if found is None:
+            compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+            _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+        else:
+            compiled, values = found
+            compiled[(programs, 1, 1)](*tensors, *numbers, *values)
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. Triton's own is made for kernels and costs the host a few microseconds."""
+    return -(-a // b)
 
 
 def keep_mode(threshold: int) -> int:

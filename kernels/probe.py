@@ -14,4 +14,5 @@ def write_one(p_x):
 
 def probe(device: torch.device) -> None:
     """Builds and launches a kernel on ``device``; raises whatever hinders it."""
-    launch(write_one, 1, device, (torch.empty(1, dtype=torch.int32, device=device),), {"num_warps": 1})
+    x = torch.empty(1, dtype=torch.int32, device=device)
+    launch(write_one, 1, device, (x,), (), {"num_warps": 1})

@@ -5,6 +5,7 @@ DETR's (L, N, C), position by position. Nothing is transposed: a kernel works on
 sample and position, on which dropout depends, by division.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -43,6 +44,13 @@ class Tile(NamedTuple):
     channels: int
     num_warps: int
 
+    @property
+    def maxnreg(self) -> int:
+        """Registers a thread may use, so that two programs of 8 warps share a processor: told a number, ptxas does not
+        spill a few values for the sake of more programs than that.
+        """
+        return min(128, 2048 // self.num_warps)
+
 
 # Warps for tiles of so many elements at most; a tile has at least as many as the first. Backward, in few programs that
 # live long, needs more bytes under way in each of them.
@@ -53,9 +61,10 @@ _WARPS = {
 ACTIVATION_TILE = Tile(4, 512, 4)
 
 
+@cache
 def norm_tile(kernel: str, channels: int) -> Tile:
     """Whole rows of ``channels``, several of them where they are short."""
-    width = max(32, triton.next_power_of_2(channels))
+    width = max(32, 1 << (channels - 1).bit_length())
     warps = _WARPS[kernel]
     rows = max(1, min(warps) // width)
     return Tile(rows, width, warps[min(size for size in warps if size >= rows * width)])

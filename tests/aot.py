@@ -57,7 +57,7 @@ def build(job: Job) -> Result:
         compiled = triton.compile(
             ASTSource(function, signature, constants, pointers),
             target=GPUTarget("cuda", job.capability, 32),
-            options={"num_warps": job.num_warps, "num_stages": job.num_stages},
+            options=job.options,
         )
     except Exception as error:
         return Result(0, 0, 0, 0, f"{type(error).__name__}: {error}"[:300])

@@ -40,8 +40,7 @@ class Job(NamedTuple):
     tiles: str
     elements: dict[str, str]  #: of every pointer
     constants: dict[str, object]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]  #: warps, stages, registers
     tensor_cores: bool  #: whether their instructions are meant to be there
 
 
@@ -77,7 +76,7 @@ def _attention_jobs(full: bool) -> Iterator[Job]:
                     label = f"{dtype} {precision}" if dtype == "fp32" else dtype
                     yield Job(
                         kernel, label, size, keep, capability, tiles, _elements(kernel, dtype), constants,
-                        config.num_warps, config.num_stages, precision == "tf32",
+                        {"num_warps": config.num_warps, "num_stages": config.num_stages}, precision == "tf32",
                     )  # fmt: skip
 
 
@@ -101,7 +100,7 @@ CALLS = {
 
 
 def _ways(width: int) -> Iterator[tuple[str, str, str | None, int, int]]:
-    """(label, dtype, narrow dtype, channels, keep): under autocast with one-bit decisions, in 16 bits with the other."""
+    """(label, dtype, narrow dtype, channels, keep): one-bit decisions under autocast, those of 16 bits in pure fp16."""
     yield "autocast", "fp32", "bf16", width, KEEP_BITS.value
     yield "fp16", "fp16", None, width - 8, KEEP_HALVES.value
 
@@ -114,11 +113,13 @@ def _norm_jobs() -> Iterator[Job]:
             for label, dtype, narrow, channels, keep in _ways(width):
                 constants = {"C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep}
                 constants |= {flag: flag in given.split() for flag in flags}
+                options = {"num_warps": tile.num_warps}
                 if kernel == "add_norm_backward":
                     constants["IN_REGISTERS"] = channels <= add_norm.SUMS_IN_REGISTERS
+                    options["maxnreg"] = tile.maxnreg
                 yield Job(
                     kernel, label, channels, keep, capability, f"{call}, {tile.num_warps} warps",
-                    _elements(kernel, dtype, narrow), constants, tile.num_warps, 3, False,
+                    _elements(kernel, dtype, narrow), constants, options, False,
                 )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def _activation_jobs() -> Iterator[Job]:
                 constants |= {"STORE_U": gelu, "PARTIALS": True}
             yield Job(
                 kernel, dtype, channels, keep, capability, f"{'gelu' if gelu else 'relu'}, {tile.num_warps} warps",
-                _elements(kernel, dtype), constants, tile.num_warps, 3, False,
+                _elements(kernel, dtype), constants, {"num_warps": tile.num_warps}, False,
             )  # fmt: skip
 
 

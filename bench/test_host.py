@@ -1,0 +1,69 @@
+"""What a step costs the host, in pytest-benchmark's microseconds, on a GPU that does nothing (``bench/stub.py``).
+
+``pytest bench/test_host.py``. Matrix products run on the CPU and are small; they and the autograd engine are in all of
+a step's numbers, ours and PyTorch's.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import fastbf
+from bench.stub import stub_gpu
+from fastbf.kernels import add_norm
+from fastbf.kernels.rows import Rows
+
+N, C = 64, 64
+
+
+@pytest.fixture
+def gpu():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with stub_gpu() as driver:
+        yield driver
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dispatcher", ["triton", "fastbf"])
+def test_launch(benchmark, gpu, monkeypatch, dispatcher):
+    """One launch of the kernel with the most arguments among the elementwise ones."""
+    if dispatcher == "triton":
+        monkeypatch.setattr(add_norm, "launch", _through_triton)
+    x, w = torch.randn(N, C), torch.ones(C)
+    benchmark.group = "a launch"
+    benchmark(add_norm.forward, x, Rows(N, 1, False), y=x, norm=(w, w, 1e-5))
+
+
+def _through_triton(kernel, programs, device, tensors, numbers, constants):
+    kernel[(programs,)](*tensors, *numbers, **constants)
+
+
+def _fastbf():
+    former = fastbf.BatchFormer(C, backend="triton")
+    return former, list(former.parameters())
+
+
+def _eager():
+    layer = nn.TransformerEncoderLayer(C, 4, C, 0.5)
+    return lambda x: torch.cat([x, layer(x[:, None])[:, 0]]), list(layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("provider", [_eager, _fastbf], ids=["eager", "fastbf"])
+def test_step(benchmark, gpu, provider, dtype):
+    """Layer and fork, forward and backward."""
+    function, parameters = provider()
+    x, grad = torch.randn(N, C, requires_grad=True), torch.randn(2 * N, C)
+
+    def step():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = function(x)
+        torch.autograd.grad(out, [x, *parameters], grad)
+
+    benchmark.group = f"layer and fork, {dtype}"
+    step()
+    gpu.launches = 0
+    step()
+    benchmark.extra_info["launches"] = gpu.launches
+    benchmark(step)
