@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastbf import ops
-from fastbf.context import autocast_dtype
+from fastbf.context import autocast_dtype, norm_dtype
 from fastbf.dropout import threshold
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Wanted, summed
@@ -191,7 +191,7 @@ def add_layer_norm(
 ) -> Tensor:
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
     matrix, rows = _order(x)
-    dtype = torch.promote_types(x.dtype, residual.dtype) if autocast_dtype(x) is None else torch.float32
+    dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
     y = _AddNorm.apply(
         matrix.view(rows.count, -1), _as(residual, rows), weight, bias, eps, seed, threshold(p), dtype, rows
     )
@@ -216,10 +216,10 @@ def encoder_layer(
     matrix, rows = _order(x)
     other = None if plain is None or plain is x else _as(plain, rows).view(matrix.shape)
     fork = "input" if forked else "plain" if other is not None else "" if plain is None else "x"
-    autocast = autocast_dtype(x)
+    compute = autocast_dtype(x) or x.dtype
     layer = Layer(
         rows.samples // 2 if forked else rows.samples, *rows[1:], num_heads, activation, norm_first, eps, threshold(p),
-        fork, autocast or x.dtype, x.dtype if autocast is None else torch.float32,
+        fork, compute, norm_dtype(x, torch.promote_types(x.dtype, compute)),
     )  # fmt: skip
     out = _EncoderLayer.apply(matrix.reshape(rows.count, -1), other, seed, layer, *weights)
     return _back(out, rows, x.shape)

@@ -20,6 +20,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that ``F.layer_norm`` gives on x's device for an input of ``dtype``: autocast on CUDA makes it fp32."""
+    return torch.float32 if x.device.type == "cuda" and autocast_dtype(x) is not None else dtype
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """What runs under this computes in the dtypes it is given."""
     device = x.device.type

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 # live long, needs more bytes under way in each of them.
 _WARPS = {
     "add_norm_forward": {1024: 4, 2048: 8, 4096: 16, 8192: 32},
-    "add_norm_backward": {2048: 8, 4096: 16, 8192: 32},
+    "add_norm_backward": {2048: 8, 8192: 16},
 }
 ACTIVATION_TILE = Tile(4, 512, 4)
 
