@@ -163,9 +163,8 @@ def _order(x: Tensor) -> tuple[Tensor, Rows]:
     """x (N, …, C) in its order in memory, (N, L, C) or (L, N, C), contiguous, and which of them it is."""
     samples, channels = x.shape[0], x.shape[-1]
     x = x.reshape(samples, -1, channels)
-    position_major = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
-    rows = Rows(samples, x.shape[1], position_major)
-    return (x.transpose(0, 1) if position_major else x.contiguous()), rows
+    position_major = not x.is_contiguous() and x.stride(0) < x.stride(1)
+    return (x.transpose(0, 1) if position_major else x).contiguous(), Rows(samples, x.shape[1], position_major)
 
 
 def _as(x: Tensor, rows: Rows) -> Tensor:

@@ -19,9 +19,6 @@ from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
 
-#: Channels up to which a program's sums over rows fit its registers. Above, they are added up in the caches.
-SUMS_IN_REGISTERS = 4096
-
 _RUNTIME = ["rows", "inner", "position_major", "skipped", "half", "stride", "site", "threshold"]
 
 
@@ -119,7 +116,8 @@ def add_norm_backward(
         p_partials += program.to(tl.int64) * stride
     if NORM and (IN_REGISTERS or not PARTIALS):
         weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    for start in range(program * BM, rows, tl.num_programs(0) * BM):
+    # Nothing moved out of the loop: what was would fill the registers and be spilled.
+    for start in tl.range(program * BM, rows, tl.num_programs(0) * BM, disable_licm=True):
         index = start + tl.arange(0, BM)
         outer, sample, position = place(index, inner, position_major)
         mask = (index < rows)[:, None] & (columns < C)[None, :]
@@ -172,6 +170,11 @@ def add_norm_backward(
         if NORM:
             tl.store(p_partials + columns, tl.sum(d_weight, 0), mask=columns < C)
             tl.store(p_partials + C + columns, tl.sum(d_bias, 0), mask=columns < C)
+
+
+def sums_in_registers(has_x: bool, norm: bool, channels: int) -> bool:
+    """Whether a program's sums over rows of a tile of ``channels`` fit its registers, or are added up in the caches."""
+    return (has_x + 2 * norm) * channels <= 16384
 
 
 def forward(
@@ -272,7 +275,7 @@ def backward(
         "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
         "HAS_X": dx is not None, "NORM": norm is not None, "HAS_DY2": dy2 is not None, "HAS_SKIP": skip is not None,
         "HAS_PLAIN": d_plain is not None, "STORE_DS": ds is not None, "PARTIALS": partials is not None,
-        "IN_REGISTERS": partials is not None and channels <= SUMS_IN_REGISTERS,
+        "IN_REGISTERS": partials is not None and sums_in_registers(dx is not None, norm is not None, tile.channels),
         "DY_FORKED": dy_forked, "SKIP_FORKED": skip_forked, "DS_FORKED": ds_forked,
         "num_warps": tile.num_warps, "maxnreg": tile.maxnreg,
     }  # fmt: skip

@@ -115,7 +115,8 @@ def _norm_jobs() -> Iterator[Job]:
                 constants |= {flag: flag in given.split() for flag in flags}
                 options = {"num_warps": tile.num_warps}
                 if kernel == "add_norm_backward":
-                    constants["IN_REGISTERS"] = channels <= add_norm.SUMS_IN_REGISTERS
+                    in_registers = add_norm.sums_in_registers(constants["HAS_X"], constants["NORM"], tile.channels)
+                    constants["IN_REGISTERS"] = in_registers
                     options["maxnreg"] = tile.maxnreg
                 yield Job(
                     kernel, label, channels, keep, capability, f"{call}, {tile.num_warps} warps",
