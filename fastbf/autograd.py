@@ -104,7 +104,10 @@ class _EncoderLayer(Function):
                               2C z, 2C relu, 2C u, 1C mask, 4C s2,      2C z, 2C relu, 2C u, 1C mask, 2C s2,
                               1C mask                         = 27C     1C mask                  = 21C
 
-    ``tests/test_saved.py`` counts both. The cast weights, where there are any, are kept once, as eager keeps them.
+    ``tests/test_saved.py`` counts ours; eager's follow from what its operators' derivatives read, with attention by a
+    kernel that stores no N × M matrix, which PyTorch's own does for D > 256. Recomputed are all dropout decisions, the
+    norms' statistics, and, with GELU, u (then h is saved in its place). Weights in the products' dtype, where
+    parameters have another, are kept once, as eager keeps them.
     """
 
     @staticmethod
@@ -159,6 +162,13 @@ def _split(sums: Tensor, norm_first: bool, channels: int, width: int) -> dict[st
     return dict(zip(names, sums.split(sizes), strict=True))
 
 
+def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, each but once: ``torch.compile`` takes no Function that is given the same tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors))
+
+
 def _order(x: Tensor) -> tuple[Tensor, Rows]:
     """x (N, …, C) in its order in memory, (N, L, C) or (L, N, C), contiguous, and which of them it is."""
     samples, channels = x.shape[0], x.shape[-1]
@@ -182,7 +192,7 @@ def _back(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D) of one dtype → q's shape."""
-    return _Attention.apply(q, k, v, seed, scale, threshold(p))
+    return _Attention.apply(*_distinct(q, k, v), seed, scale, threshold(p))
 
 
 def add_layer_norm(
@@ -191,9 +201,8 @@ def add_layer_norm(
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
     matrix, rows = _order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    y = _AddNorm.apply(
-        matrix.view(rows.count, -1), _as(residual, rows), weight, bias, eps, seed, threshold(p), dtype, rows
-    )
+    x_rows, residual = _distinct(matrix.view(rows.count, -1), _as(residual, rows))
+    y = _AddNorm.apply(x_rows, residual, weight, bias, eps, seed, threshold(p), dtype, rows)
     return _back(y, rows, x.shape)
 
 

@@ -160,13 +160,14 @@ def _forward(
 ) -> None:
     rows = layer.rows
     norms = (w.norm1_weight, w.norm1_bias, layer.eps), (w.norm2_weight, w.norm2_bias, layer.eps)
+    narrowed = {} if layer.norm_first or saved.normed is None else {saved.normed: x}
     if saved.cast is not None:
-        w = cast(w, saved.cast)
+        w = cast(w, saved.cast, narrowed)
+    elif narrowed:
+        saved.normed.copy_(x)
 
     if layer.norm_first:
         add_norm.forward(x, rows, y=saved.normed, norm=norms[0])
-    elif saved.normed is not None:
-        saved.normed.copy_(x)
     _linear(x if saved.normed is None else saved.normed, w.in_proj_weight, w.in_proj_bias, saved.qkv)
     attention.forward(
         *split_qkv(layer.by_sample(saved.qkv), layer.num_heads), seed,

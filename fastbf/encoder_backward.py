@@ -84,12 +84,12 @@ def sums_width(channels: int, width: int) -> int:
 class _Partials:
     """The buffer of partial sums, handed out stage by stage; nothing if no sum is wanted."""
 
-    def __init__(self, x: Tensor, width: int, wanted: bool) -> None:
+    def __init__(self, x: Tensor, width: int, wanted: bool, complete: bool) -> None:
         self.filled, self.buffer = 0, None
         if wanted:
             parts = partial_sums(x.shape[0], device_limits(x.device))
-            shape = (parts, sums_width(x.shape[1], width))
-            self.buffer = torch.empty(shape, dtype=torch.float32, device=x.device)
+            allocate = torch.empty if complete else torch.zeros
+            self.buffer = allocate((parts, sums_width(x.shape[1], width)), dtype=torch.float32, device=x.device)
 
     def take(self, size: int) -> Tensor | None:
         """The next ``size`` columns."""
@@ -141,7 +141,7 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     rows, channels, width = layer.rows, x.shape[1], f.linear1.shape[0]
     norm_first, eps, reach = layer.norm_first, layer.eps, wanted.reach(layer.norm_first)
-    partials = _Partials(x, width, wanted.sums)
+    partials = _Partials(x, width, wanted.sums, complete=reach >= (4 if norm_first else 2))
     forked, into_fork = bool(layer.fork), layer.fork == "input"
     plain = {"d_plain": d_out if layer.fork in ("x", "input") else None, "ds_forked": into_fork}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbf.reference import LayerWeights
 
-_ALIGNMENT = 64  # elements: every cast tensor starts at a multiple of 128 bytes
+_ALIGNMENT = 8  # elements: every cast tensor starts at a multiple of 16 bytes
 _LINEAR = 8  # of a layer's tensors are the linear layers', the others the norms'
 
 
@@ -31,15 +31,18 @@ def cast_size(channels: int, width: int) -> int:
     return _starts(channels, width)[-1]
 
 
-def cast(weights: LayerWeights, buffer: Tensor) -> LayerWeights:
-    """The weights with the linear layers' tensors cast into ``buffer`` (1-D), in one launch; the norms' as they are."""
+def cast(weights: LayerWeights, buffer: Tensor, also: dict[Tensor, Tensor]) -> LayerWeights:
+    """The weights with the linear layers' tensors cast into ``buffer`` (1-D), the norms' as they are.
+
+    One launch; it fills the keys of ``also`` with their values, too.
+    """
     starts = _starts(weights.out_proj_weight.shape[0], weights.linear1_weight.shape[0])
     views: list[Tensor | None] = [None] * _LINEAR
     for start, i in zip(starts, (0, 2, 4, 6, 1, 3, 5, 7), strict=False):
         w = weights[i]
         views[i] = None if w is None else buffer[start : start + w.numel()].view(w.shape)
     given = [i for i, view in enumerate(views) if view is not None]
-    torch._foreach_copy_([views[i] for i in given], [weights[i] for i in given])
+    torch._foreach_copy_([*(views[i] for i in given), *also.keys()], [*(weights[i] for i in given), *also.values()])
     return LayerWeights(*views, *weights[_LINEAR:])
 
 

@@ -85,7 +85,7 @@ def attention_backward(
 
 
 _LAYER = (
-    "int samples, int positions, bool position_major, int num_heads, str activation, bool norm_first, float eps,"
+    "SymInt samples, SymInt positions, bool position_major, int num_heads, str activation, bool norm_first, float eps,"
     " int drop, str fork, ScalarType compute, ScalarType norm"
 )
 
@@ -158,7 +158,7 @@ def encoder_gradients(
     return Gradients(*(next(grads) if is_present else None for is_present in present))
 
 
-_ROWS = "int samples, int positions, bool position_major"
+_ROWS = "SymInt samples, SymInt positions, bool position_major"
 
 
 def _add_norm_results(

@@ -1,4 +1,4 @@
-"""The whole encoder layer on kernels against fp64, with identical masks: the interpreter on a CPU, compiled on a GPU."""
+"""The whole encoder layer on kernels against fp64, with identical masks: interpreted on a CPU, compiled on a GPU."""
 
 import copy
 import itertools
@@ -32,10 +32,7 @@ def weights(channels, width, dtype=torch.float32, bias=True):
 
 def features(n, positions, channels, dtype=torch.float32, position_major=False):
     """(N, …, C); in memory the samples may stand right before the channels."""
-    if position_major:
-        x = torch.randn(*positions, n, channels).movedim(-2, 0)
-    else:
-        x = torch.randn(n, *positions, channels)
+    x = torch.randn(*positions, n, channels).movedim(-2, 0) if position_major else torch.randn(n, *positions, channels)
     return x.to(DEVICE, dtype).requires_grad_()
 
 
@@ -321,7 +318,7 @@ def test_plain_and_forked_exclude_each_other():
     x, tensors = features(6, (), 32), weights(32, 40)
     with pytest.raises(ValueError, match="plain must be None if forked, got plain as well"):
         functional.encoder_layer(x, *tensors, num_heads=4, plain=x, forked=True)
-    with pytest.raises(ValueError, match="x must hold two streams .* got 5 samples"):
+    with pytest.raises(ValueError, match=r"x must hold two streams .* got 5 samples"):
         functional.encoder_layer(x[:5], *tensors, num_heads=4, forked=True)
     with pytest.raises(ValueError, match=r"plain must have shape \(6, 32\), got \(5, 32\)"):
         functional.encoder_layer(x, *tensors, num_heads=4, plain=x[:5])

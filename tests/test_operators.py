@@ -1,0 +1,162 @@
+"""The kernels as registered operators: what ``torch.compile`` relies on, and layers compiled as one graph."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastbf
+from fastbf import encoder, functional, ops
+from fastbf.encoder import Layer, Saved
+from fastbf.encoder_weights import Factors, cast_factors
+from fastbf.kernels.rows import Rows
+from fastbf.reference import LayerWeights
+from tests.test_triton_layer import features, weights
+from tests.triton_case import DEVICE, SEED
+
+# The operators have no derivative of their own: autograd Functions call them.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def check(name, *args):
+    operator = getattr(torch.ops.fastbf, name).default
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    assert set(opcheck(operator, tuple(args), test_utils=CHECKS).values()) == {"SUCCESS"}
+    return operator(*args)
+
+
+def seed():
+    return torch.tensor([SEED], device=DEVICE)
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_attention(n):
+    q, k, v = (torch.randn(n, 3, 2, 16, device=DEVICE) for _ in range(3))
+    o, *lse = check("attention_forward", q, k, v, seed(), 0.25, 32768)
+    saved = (o, *lse) if lse else (None, None)
+    check("attention_backward", torch.randn_like(o), q, k, v, *saved, seed(), 0.25, 32768, [True] * 3)
+
+
+def test_add_norm():
+    x, residual, weight = torch.randn(6, 24).half(), torch.randn(6, 24), torch.randn(24)
+    x, residual, weight = (t.to(DEVICE) for t in (x, residual, weight))
+    rows = Rows(3, 2, True)
+    y, total = check(
+        "add_norm_forward", x, residual, weight, None, 1e-5, seed(), 6554, torch.float32, *rows
+    )  # fmt: skip
+    check("add_norm_backward", y, total, weight, 1e-5, seed(), 6554, torch.float16, torch.float32, *rows)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_activation(name):
+    h = torch.randn(6, 24, device=DEVICE)
+    (u,) = check("activation_forward", h, name, seed(), 32768, *Rows(6, 1, False))
+    check("activation_backward", h, u, name, seed(), 32768, *Rows(6, 1, False))
+
+
+@pytest.mark.parametrize("n", [6, 40])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("fork", ["", "x", "plain", "input"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16])
+def test_encoder(n, norm_first, fork, compute):
+    activation = "gelu" if norm_first else "relu"
+    layer = Layer(n, 1, False, 4, activation, norm_first, 1e-5, 32768, fork, compute, torch.float32)
+    x, given = features(n, (), 32).detach(), [t.detach() for t in weights(32, 40)]
+    plain = {"plain": x + 1, "input": torch.cat([x + 1, x])}.get(fork)
+    out, *rest = check("_encoder_forward", x, plain, given, seed(), *layer)
+    tensors = iter(rest)
+    saved = Saved(*(next(tensors) if kept else None for kept in encoder.kept(x.dtype, LayerWeights(*given), layer)))
+    factors = Factors(*given[:8:2], given[8], given[10])
+    if saved.cast is not None:
+        factors = cast_factors(saved.cast, 40, given[8], given[10])
+    for wanted in ([True] * 13, [False] * 12 + [True], [True] + [False] * 12):
+        check(
+            "_encoder_backward", out, x, list(saved._replace(cast=None)), list(factors), seed(), wanted, torch.float32,
+            *layer,
+        )  # fmt: skip
+
+
+def test_every_operator_is_checked():
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
+    forwards = ("attention_forward", "add_norm_forward", "activation_forward", "_encoder_forward")
+    assert names == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
+    assert all(hasattr(ops, name) for name in names)
+
+
+def outcome(function, x, parameters):
+    torch.manual_seed(5)
+    out = function(x)
+    return [out, *torch.autograd.grad(out.sin().sum(), [x, *parameters])]
+
+
+def assert_compiled_is_the_same(function, x, parameters=(), exact=True, **options):
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, **options)
+    for a, b in zip(outcome(compiled, x, parameters), outcome(function, x, parameters), strict=True):
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((6, 32), {}),
+        ((40, 32), {"norm_first": True, "activation": "gelu", "num_layers": 2}),
+        ((3, 12, 32), {"batch_dim": 1, "forked": True}),
+        ((6, 32, 2, 3), {"channel_dim": 1, "bias": False}),
+    ],
+)
+def test_modules_compile_as_one_graph(backend, shape, options):
+    former = fastbf.BatchFormer(32, backend=backend, device=DEVICE, **options)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    assert_compiled_is_the_same(former, x, list(former.parameters()), exact=backend == "triton", backend="aot_eager")
+
+
+def test_a_layer_in_place_of_pytorchs_compiles():
+    layer = fastbf.BatchFormerLayer(32, 4, 40, 0.5, batch_first=True, backend="triton", device=DEVICE)
+    x = torch.randn(3, 7, 32, device=DEVICE, requires_grad=True)
+    assert_compiled_is_the_same(layer, x, list(layer.parameters()), backend="aot_eager")
+
+
+def test_compiles_under_autocast():
+    former = fastbf.BatchFormer(32, backend="triton", device=DEVICE)
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+
+    def function(x):
+        with torch.autocast(DEVICE.type, torch.float16):
+            return former(x)
+
+    assert_compiled_is_the_same(function, x, list(former.parameters()), backend="aot_eager")
+
+
+def test_functions_compile():
+    x = torch.randn(12, 3, 32, device=DEVICE, requires_grad=True)
+
+    def function(x):
+        o = functional.batch_attention(*[x.unflatten(-1, (2, 16))] * 3, dropout_p=0.5, backend="triton").flatten(-2)
+        u = functional.activation_dropout(o, "gelu", dropout_p=0.1, backend="triton")
+        u = functional.dropout_add_layer_norm(u, u, x[0, 0], None, dropout_p=0.1, eps=1e-5, backend="triton")
+        return functional.dropout_add_layer_norm(u, x, x[0, 0], None, dropout_p=0.5, eps=1e-5, backend="triton")
+
+    assert_compiled_is_the_same(function, x, exact=False, backend="aot_eager")  # sums in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inductor(dynamic):
+    former = fastbf.BatchFormer(32, backend="triton", device=DEVICE)
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    with torch._inductor.config.patch(fallback_random=True):
+        assert_compiled_is_the_same(former, x, list(former.parameters()), exact=False, dynamic=dynamic)
+
+
+def test_new_lengths_do_not_recompile():
+    former = fastbf.BatchFormer(32, backend="triton", device=DEVICE)
+    compiled = torch.compile(former, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (40, 41):
+        compiled(torch.randn(n, 32, device=DEVICE))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (42, 97, 33):
+            assert compiled(torch.randn(n, 32, device=DEVICE)).shape == (2 * n, 32)
