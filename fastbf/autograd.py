@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastbf import ops
 from fastbf.context import autocast_dtype, norm_dtype
@@ -18,6 +17,7 @@ from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Wanted, summed
 from fastbf.encoder_weights import Factors, cast_factors
 from fastbf.kernels.rows import Rows
+from fastbf.once import once_differentiable
 from fastbf.reference import LayerWeights
 
 
@@ -35,7 +35,7 @@ class _Attention(Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("batch_attention")
     def backward(ctx, do: Tensor):
         needs = ctx.needs_input_grad[:3]
         grads = ops.attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.drop, list(needs))
@@ -57,7 +57,7 @@ class _AddNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("dropout_add_layer_norm")
     def backward(ctx, dy: Tensor):
         total, weight, seed = ctx.saved_tensors
         x_dtype, residual_dtype, *parameters = ctx.dtypes
@@ -83,7 +83,7 @@ class _Activation(Function):
         return u
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("activation_dropout")
     def backward(ctx, du: Tensor):
         saved, seed = ctx.saved_tensors
         (dh,) = ops.activation_backward(du.contiguous(), saved, ctx.activation, seed, ctx.drop, *ctx.rows)
@@ -126,7 +126,7 @@ class _EncoderLayer(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("encoder_layer")
     def backward(ctx, d_out: Tensor):
         layer, needs = ctx.layer, ctx.needs_input_grad
         x, seed, *tensors = ctx.saved_tensors

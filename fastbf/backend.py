@@ -83,9 +83,15 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 _failed: dict[str, str] = {}
 
 
+def unbuilt(op: str, error: Exception) -> str:
+    """That a kernel of ``op`` could not be built, in a sentence; from now on "auto" takes PyTorch for ``op``."""
+    reason = _failed[op] = f"a Triton kernel of {op} could not be built, {error}."
+    return reason
+
+
 def give_up(op: str, error: Exception) -> None:
-    """From now on "auto" takes PyTorch for ``op``, a kernel of which could not be built; says so in a warning."""
-    _failed[op] = _warned(f"a Triton kernel of {op} could not be built: {type(error).__name__}: {error}")
+    """As :func:`unbuilt`, said in a warning."""
+    _warned(unbuilt(op, error))
 
 
 def _warned(reason: str) -> str:

@@ -44,7 +44,7 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
         return None
     if seed is None:
         return draw_seed(device)
-    return seed.reshape(1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+    return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -59,11 +59,11 @@ def _on_kernels(op: str, backend: str, kernels: Callable[[], Tensor], fallback: 
     """What ``kernels`` gives; where one of them cannot be built, "auto" takes the fallback from then on."""
     if backend == "triton" or torch.compiler.is_compiling():
         return kernels()
-    from triton.errors import TritonError
+    from fastbf.kernels.launch import BuildError
 
     try:
         return kernels()
-    except TritonError as error:
+    except BuildError as error:
         give_up(op, error)
         return fallback()
 

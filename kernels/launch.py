@@ -14,6 +14,10 @@ from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES
 _compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}
 
 
+class BuildError(RuntimeError):
+    """A kernel could not be compiled, or not be loaded onto the device."""
+
+
 def launch(
     kernel, programs: int, device: torch.device, tensors: tuple, numbers: tuple, constants: dict[str, object]
 ) -> None:  # fmt: skip
@@ -24,6 +28,9 @@ def launch(
         tensors, numbers: the first two, in order.
         constants: the compile-time parameters by name, and options of the launch such as num_warps; of one call site
             always in the same order.
+
+    Raises:
+        BuildError: the kernel's first launch with such arguments failed.
     """
     here = device.index is None or device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(device):
@@ -34,7 +41,10 @@ def launch(
         key = (kernel.fn, device, pointers, *constants.values())
         found = _compiled.get(key)
         if found is None:
-            compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+            try:
+                compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+            except Exception as error:  # Triton's own, a compiler's, a driver's
+                raise BuildError(f"{kernel.fn.__name__}: {type(error).__name__}: {error}") from error
             _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
         else:
             compiled, values = found

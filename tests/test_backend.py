@@ -2,12 +2,18 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from triton.runtime import JITFunction
 
 import fastbf
+from fastbf import backend, functional
 from fastbf.backend import OPS
+from fastbf.kernels import activation, add_norm, attention, probe
+from fastbf.kernels.launch import BuildError, launch
+from tests.triton_case import DEVICE
 
 
 def run(*args):
@@ -77,6 +83,107 @@ def test_self_check_can_fail(monkeypatch):
     exact = reference.attention
     monkeypatch.setattr(command.functional, "batch_attention", lambda *a: exact(*a, scale=0.2))
     assert not command.self_check(torch.device("cpu"))
+
+
+@pytest.fixture
+def auto_takes_the_interpreter(monkeypatch):
+    """backend="auto" takes kernels on CPU tensors too, and forgets afterwards what failed."""
+    obstacle = backend._obstacle
+    monkeypatch.setattr(backend, "_obstacle", lambda *args, interpreter: obstacle(*args, interpreter=True))
+    monkeypatch.setattr(backend, "_failed", {})
+
+
+def _unbuildable(*_):
+    raise BuildError("some_kernel: CompilationError: no such instruction")
+
+
+CALLS = {
+    "batch_attention": lambda x, **options: functional.batch_attention(*[x.unflatten(-1, (4, -1))] * 3, **options),
+    "dropout_add_layer_norm": lambda x, **options: functional.dropout_add_layer_norm(
+        x, x, torch.ones(32, device=DEVICE), None, eps=1e-5, **options
+    ),
+    "activation_dropout": lambda x, **options: functional.activation_dropout(x, "relu", **options),
+    "encoder_layer": lambda x, dropout_p, backend="auto": fastbf.BatchFormer(
+        32, dropout=dropout_p, backend=backend, device=DEVICE
+    )(x),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_kernel_that_cannot_be_built(op, auto_takes_the_interpreter, monkeypatch):
+    """Warns once, with the reason, and computes what PyTorch computes."""
+    x = torch.randn(6, 32, device=DEVICE)
+    torch.manual_seed(1)
+    expected = CALLS[op](x, dropout_p=0.5, backend="torch")
+    for module in (activation, add_norm, attention):
+        monkeypatch.setattr(module, "launch", _unbuildable)
+    assert fastbf.explain(op, x.unflatten(-1, (4, -1)) if op == "batch_attention" else x).backend == "triton"
+    torch.manual_seed(1)
+    with pytest.warns(RuntimeWarning, match=f"fastbf uses PyTorch: a Triton kernel of {op} .* no such instruction"):
+        found = CALLS[op](x, dropout_p=0.5)
+    torch.testing.assert_close(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CALLS[op](x, dropout_p=0.5)
+    with pytest.raises(ValueError, match="could not be built, some_kernel"):
+        CALLS[op](x, dropout_p=0.5, backend="triton")
+
+
+def test_a_backward_kernel_that_cannot_be_built(auto_takes_the_interpreter, monkeypatch):
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    y = CALLS["activation_dropout"](x, dropout_p=0.5)
+    monkeypatch.setattr(activation, "launch", _unbuildable)
+    with pytest.raises(RuntimeError, match=r"some_kernel: .* takes PyTorch for activation_dropout: run the step again"):
+        y.sum().backward()
+    CALLS["activation_dropout"](x, dropout_p=0.5).sum().backward()
+    assert x.grad is not None
+
+
+def test_an_explicit_triton_does_not_fall_back(monkeypatch):
+    monkeypatch.setattr(activation, "launch", _unbuildable)
+    with pytest.raises(BuildError, match="no such instruction"):
+        CALLS["activation_dropout"](torch.randn(6, 32, device=DEVICE), dropout_p=0.5, backend="triton")
+
+
+def test_whatever_fails_at_the_first_launch_is_a_build_error():
+    class Kernel(JITFunction):
+        def __init__(self):
+            self.fn = _unbuildable
+
+        def __getitem__(self, programs):
+            def fail(*_, **__):
+                raise RuntimeError("PassManager::run failed")
+
+            return fail
+
+    with pytest.raises(BuildError, match="_unbuildable: RuntimeError: PassManager::run failed"):
+        launch(Kernel(), 1, torch.device("cpu"), (), (), {})
+
+
+def test_a_gpu_for_which_nothing_can_be_built(monkeypatch):
+    def no_compiler(_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(probe, "probe", no_compiler)
+    device = torch.device("cuda", 7)
+    with pytest.warns(RuntimeWarning, match="fastbf uses PyTorch: Triton cannot build .* Failed to find C compiler"):
+        reason = backend._gpu_obstacle(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend._gpu_obstacle(device) == reason
+    backend._gpu_obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "below 8.0" in backend._gpu_obstacle(device)
+    backend._gpu_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_second_derivative_is_refused(op):
+    x = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(CALLS[op](x, dropout_p=0.0, backend="triton").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"kernels of {op} cannot be differentiated twice: use backend='torch'"):
+        grad.square().sum().backward()
 
 
 def test_make_graphed_on_cpu_is_the_callable():
