@@ -136,7 +136,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "the activation is neither relu nor exact gelu."
         if any(type(m) is not kind for kind, group in kinds.items() for m in group):
             return "a module inside the layer was replaced."
-        if any(map(_is_altered, (attention, attention.out_proj, self.linear1, self.linear2, *norms, *dropouts))):
+        called = (attention, attention.out_proj, self.linear1, self.linear2, *norms, *dropouts)
+        if any(map(_is_altered, called)) or (isinstance(self.activation, nn.Module) and _is_altered(self.activation)):
             return "a module inside the layer has hooks, or a forward of its own."
         if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
             return "the attention has extra keys or other widths for them."

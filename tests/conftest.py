@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from tests.guard import Guards
+
 # Without a GPU the kernels run in Triton's interpreter. Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -11,3 +13,14 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """Every buffer that launchers and Functions allocate holds NaN between marks, which must survive."""
+    guards = Guards()
+    monkeypatch.setattr(torch, "empty", guards)
+    monkeypatch.setattr(torch, "empty_like", guards.like)
+    yield guards
+    monkeypatch.undo()
+    guards.assert_untouched()

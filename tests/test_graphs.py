@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 import fastbf
 from fastbf import graphs
+from tests.triton_case import DEVICE
 
 N, C, K = 8, 32, 5
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+CUDA = DEVICE.type == "cuda"
 stands_in = pytest.mark.skipif(CUDA, reason="only the stand-in draws what eager draws")
 
 

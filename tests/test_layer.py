@@ -11,9 +11,8 @@ from torch import nn
 
 import fastbf
 from fastbf import functional
-from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
-from fastbf.reference import LayerMasks
 from tests import paper
+from tests.exact import layer_masks
 
 
 def pair(width=24, heads=4, feedforward=40, dropout=0.0, **options):
@@ -75,18 +74,6 @@ def test_same_results_with_the_same_masks(norm_first, n, monkeypatch):
     actual = torch.autograd.grad(mixed, [x, *ours.parameters()], grad)
     for g, h in zip(actual, torch.autograd.grad(expected, [x, *theirs.parameters()], grad), strict=True):
         torch.testing.assert_close(g, h)
-
-
-def layer_masks(x, heads, width, seed, p):
-    dropout = Dropout(p, seed, x.dtype)
-    hidden = x.new_empty(*x.shape[:-1], width)
-    q = x.unflatten(-1, (heads, -1))
-    return LayerMasks(
-        attention_mask(dropout, q, x.shape[0]),
-        elementwise_mask(dropout, Site.ATTENTION_OUTPUT, x),
-        elementwise_mask(dropout, Site.ACTIVATION, hidden),
-        elementwise_mask(dropout, Site.FEEDFORWARD_OUTPUT, x),
-    )
 
 
 def test_dropout_differs_between_sites_and_calls():

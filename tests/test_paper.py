@@ -6,7 +6,7 @@ import torch
 import fastbf
 from fastbf import functional
 from tests import paper
-from tests.test_layer import layer_masks
+from tests.exact import layer_masks
 
 N, C, K = 33, 24, 7
 

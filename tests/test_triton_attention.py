@@ -11,11 +11,8 @@ from fastbf.dropout import Dropout, attention_mask
 from fastbf.functional import batch_attention
 from fastbf.kernels import attention as kernels
 from fastbf.kernels.attention_configs import Config
-from tests.guard import Guards
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
-SEED = 8589934592 * 1234567 + 89
+from tests.exact import results
+from tests.triton_case import DEVICE, DTYPES, SEED
 
 LENGTHS = (1, 2, 7, 16, 33, 127, 200)
 HEAD_DIMS = (8, 24, 48, 64, 96, 128, 192, 256, 512)
@@ -43,17 +40,6 @@ def force(monkeypatch):
     return patch
 
 
-@pytest.fixture
-def guards(monkeypatch):
-    """Every buffer that launchers and Functions allocate holds NaN between marks, which must survive."""
-    guards = Guards()
-    monkeypatch.setattr(torch, "empty", guards)
-    monkeypatch.setattr(torch, "empty_like", guards.like)
-    yield guards
-    monkeypatch.undo()
-    guards.assert_untouched()
-
-
 def inputs(n, m, *rest, dtype=torch.float32):
     return [torch.randn(x, *rest, device=DEVICE).to(dtype).requires_grad_() for x in (n, m, m)]
 
@@ -63,11 +49,6 @@ def formula(q, k, v, p):
     seed = torch.tensor([SEED], device=q.device)
     mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0]) if p else None
     return reference.attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-
-
-def results(op, tensors, grad):
-    out = op(*tensors)
-    return [out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
 
 def assert_as_exact_as_eager(tensors, p, grad=None):

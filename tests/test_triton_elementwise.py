@@ -11,7 +11,7 @@ from fastbf.functional import activation_dropout, dropout_add_layer_norm
 from fastbf.kernels.limits import KIB, Limits
 from fastbf.kernels.rows import Rows, norm_tile, partial_sums
 from tests.exact import assert_as_exact, doubled, results
-from tests.triton_case import DEVICE, DTYPES, SEED, guards  # noqa: F401 (a fixture)
+from tests.triton_case import DEVICE, DTYPES, SEED
 
 CHANNELS = (1, 7, 32, 33, 250, 512, 1000, 2048, 3000, 5000, 8192)
 RATES = (0.5, 0.1, 0.0, 1.0)
@@ -40,7 +40,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("channels", "samples", "positions", "position_major", "p", "dtype"), list(cases()))
-def test_add_norm(channels, samples, positions, position_major, p, dtype, guards):  # noqa: F811
+def test_add_norm(channels, samples, positions, position_major, p, dtype, guards):
     x, residual = (features(samples, positions, position_major, channels, dtype) for _ in range(2))
     weight, bias = (torch.randn(channels, device=DEVICE).to(dtype).requires_grad_() for _ in range(2))
     bias = bias if channels % 2 else None
@@ -79,7 +79,7 @@ def activation_cases():
 @pytest.mark.parametrize(
     ("width", "samples", "positions", "position_major", "activation", "p", "dtype"), list(activation_cases())
 )
-def test_activation(width, samples, positions, position_major, activation, p, dtype, guards):  # noqa: F811
+def test_activation(width, samples, positions, position_major, activation, p, dtype, guards):
     h = features(samples, positions, position_major, width, dtype)
     grad = torch.randn_like(h)
 
