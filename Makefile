@@ -18,14 +18,14 @@ demo: $(READY)
 	$(RUN) examples/long_tailed.py --out out
 
 test: $(READY)
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests --numprocesses auto --maxprocesses 8
 
 $(OLD_TRITON): $(READY)
 	$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 aot: $(READY) $(OLD_TRITON)
 	$(RUN) -m tests.aot
-	PYTHONPATH=$(OLD_TRITON) $(RUN) -m tests.aot
+	PYTHONPATH=$(OLD_TRITON) $(RUN) -m tests.aot --sm 80 86 90
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -33,7 +33,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest bench/test_pairs.py -s
-	$(RUN) -m pytest bench/test_step.py
+	$(RUN) -m pytest bench/test_step.py bench/test_host.py
 
 dist: $(READY)
 	$(RUN) -m build

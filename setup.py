@@ -24,7 +24,17 @@ setup(
     extras_require={
         "demo": ["matplotlib", "scikit-learn", "tqdm"],
         "bench": ["pytest", "pytest-benchmark"],
-        "test": ["numpy", "pytest", "pytest-benchmark", "ruff", "build", "matplotlib", "scikit-learn", "tqdm"],
+        "test": [
+            "numpy",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "ruff",
+            "build",
+            "matplotlib",
+            "scikit-learn",
+            "tqdm",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

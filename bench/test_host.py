@@ -13,7 +13,7 @@ from bench.stub import stub_gpu
 from fastbf.kernels import add_norm
 from fastbf.kernels.rows import Rows
 
-N, C = 64, 64
+N, C = 16, 32
 
 
 @pytest.fixture
@@ -31,8 +31,13 @@ def test_launch(benchmark, gpu, monkeypatch, dispatcher):
     if dispatcher == "triton":
         monkeypatch.setattr(add_norm, "launch", _through_triton)
     x, w = torch.randn(N, C), torch.ones(C)
+
+    def forward():
+        add_norm.forward(x, Rows(N, 1, False), y=x, norm=(w, w, 1e-5))
+
     benchmark.group = "a launch"
-    benchmark(add_norm.forward, x, Rows(N, 1, False), y=x, norm=(w, w, 1e-5))
+    forward()  # compiles
+    benchmark(forward)
 
 
 def _through_triton(kernel, programs, device, tensors, numbers, constants):

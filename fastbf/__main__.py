@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -39,6 +40,18 @@ def _cases(device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor], C
         ),
         layer,
     )
+    yield (
+        "dropout_add_layer_norm",
+        lambda *t: functional.dropout_add_layer_norm(*t, dropout_p=0.0, eps=1e-5),
+        lambda *t: reference.dropout_add_layer_norm(*t, eps=1e-5),
+        [normal(67, 65), normal(67, 65), normal(65), normal(65)],
+    )
+    yield (
+        "activation_dropout",
+        lambda x: functional.activation_dropout(x, "gelu", dropout_p=0.0),
+        lambda x: reference.activation_dropout(x, "gelu"),
+        [normal(67, 65)],
+    )
     target = torch.arange(33, device=device) % 11
     yield (
         "linear_cross_entropy",
@@ -60,15 +73,17 @@ def _worst(results: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def self_check(device: torch.device) -> bool:
-    """Outputs and gradients in fp32 against fp64, held to twice the error of the reference in fp32."""
+    """Outputs and gradients against fp64, held to twice eager PyTorch's own error; 16-bit dtypes on a GPU too."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
     good = True
-    for name, op, oracle, inputs in _cases(device):
-        exact = _gradients(oracle, inputs)
-        single = [x.float() for x in inputs]
-        error, eager = _worst(_gradients(op, single), exact), _worst(_gradients(oracle, single), exact)
-        passed = error <= 2 * eager + torch.finfo(torch.float32).eps
+    for (name, op, oracle, inputs), dtype in product(_cases(device), dtypes):
+        rounded = [x.to(dtype) for x in inputs]
+        exact = _gradients(oracle, [x.double() for x in rounded])
+        error, eager = _worst(_gradients(op, rounded), exact), _worst(_gradients(oracle, rounded), exact)
+        passed = error <= 2 * eager + torch.finfo(dtype).eps
         good &= passed
-        print(f"  {name:<24} error {error:.1e}, eager PyTorch's {eager:.1e}: {'ok' if passed else 'FAILED'}")
+        kind = str(dtype).removeprefix("torch.")
+        print(f"  {name:<24} {kind:<9} error {error:.1e}, eager PyTorch's {eager:.1e}: {'ok' if passed else 'FAILED'}")
     return good
 
 
@@ -81,7 +96,7 @@ def main() -> int:
     sample = torch.empty(2, 8, device=device)
     for op in OPS:
         print(f"  {op:<24} {explain(op, sample)}")
-    print("\nself-check, outputs and gradients in fp32 against fp64")
+    print("\nself-check, outputs and gradients against fp64")
     good = self_check(device)
     print("\neverything is in order" if good else "\nself-check FAILED: please report this with the lines above")
     return 0 if good else 1

@@ -319,36 +319,39 @@ class BatchFormer(nn.Module):
         """
         if not self.training:
             return (features, *targets) if targets else features
-        batch_dim, _ = self._dims(features)
+        dims = batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
         if not self.forked:
             targets = tuple(_doubled(target, n) for target in targets)
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
-        fork = self._fork_by_kernels(features)
+        fork = self._fork_by_kernels(features, dims)
         if fork is None:
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
-            fork = torch.cat([plain, self.mix(stream)], dim=batch_dim)
+            fork = torch.cat([plain, self._mix(stream, dims)], dim=batch_dim)
         return (fork, *targets) if targets else fork
 
-    def _fork_by_kernels(self, features: Tensor) -> Tensor | None:
+    def _fork_by_kernels(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
         """The fork, written as such by the last layer's kernels; None where they cannot write it as features lie."""
         *others, last = self.layers
-        x = features.movedim(self._dims(features), (0, -1))
+        x = features.movedim(dims, (0, -1))
         dense = x.is_contiguous() or x.movedim(0, -2).is_contiguous()
         if not dense or not isinstance(last, BatchFormerLayer) or not last.writes_forks(x):
             return None
-        x = self._front(features)
+        x = _flat(x)
         if others:
             plain, stream = x.chunk(2) if self.forked else (x, x)
             fork = last.fork(self._run(stream, others), plain=plain)
         else:
             fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
-        return self._back(fork, features)
+        return _unflat(fork, features, dims)
 
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
-        return self._back(self._run(self._front(features), self.layers), features)
+        return self._mix(features, self._dims(features))
+
+    def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
+        return _unflat(self._run(_flat(features.movedim(dims, (0, -1))), self.layers), features, dims)
 
     def attention_map(self, features: Tensor) -> Tensor:
         """Softmax weights of the last layer, without dropout, for looking at sample relations.
@@ -356,10 +359,10 @@ class BatchFormer(nn.Module):
         Returns:
             (…, H, N, N): the positions in their order, then heads, queries, keys.
         """
-        x = self._front(features)
-        positions = self._positions(features)
+        x = features.movedim(self._dims(features), (0, -1))
+        positions = x.shape[1:-1]
         with _evaluating(self.layers):
-            x = self._run(x, self.layers[:-1])
+            x = self._run(_flat(x), self.layers[:-1])
         weights = self.layers[-1].attention_map(x)
         return weights.view(*positions, *weights.shape[-3:])
 
@@ -388,23 +391,22 @@ class BatchFormer(nn.Module):
             )
         return dims[0], dims[1]
 
-    def _front(self, features: Tensor) -> Tensor:
-        """Any layout → (N, C), or (N, positions, C)."""
-        x = features.movedim(self._dims(features), (0, -1))
-        return x if x.dim() == 2 else x.flatten(1, -2)
-
-    def _positions(self, features: Tensor) -> Sequence[int]:
-        return features.movedim(self._dims(features), (0, -1)).shape[1:-1]
-
-    def _back(self, x: Tensor, features: Tensor) -> Tensor:
-        """The inverse of :meth:`_front`."""
-        return x.view(x.shape[0], *self._positions(features), self.dim).movedim((0, -1), self._dims(features))
-
     @staticmethod
     def _run(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
         for layer in layers:
             x = layer(x)
         return x
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(N, C) as it is; (N, …, C) → (N, positions, C)."""
+    return x if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _unflat(x: Tensor, features: Tensor, dims: tuple[int, int]) -> Tensor:
+    """(N, C) or (N, positions, C) → the layout of ``features``, whose batch and channel dimension ``dims`` names."""
+    shape = features.movedim(dims, (0, -1)).shape
+    return x.view(x.shape[0], *shape[1:]).movedim((0, -1), dims)
 
 
 def _doubled(target: Any, n: int) -> Any:

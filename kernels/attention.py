@@ -461,15 +461,17 @@ def _positions(x: Tensor) -> Tensor:
 def _layout(x: Tensor) -> Tensor:
     """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy where rows do not start at 16 bytes."""
     x = _positions(x)
-    steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    if x.stride(-1) != 1 or any(step % 8 for step in steps[:-1]) or x.data_ptr() % 16:
+    sample, position, head = _strides(x)
+    if x.stride(-1) != 1 or (sample | position | head) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     return x
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def _strides(x: Tensor) -> tuple[int, int, int]:
     """Batch, position and head stride; 0 along a dimension of one, whose stride may be anything."""
-    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    samples, positions, heads, _ = x.shape
+    sample, position, head, _ = x.stride()
+    return sample if samples > 1 else 0, position if positions > 1 else 0, head if heads > 1 else 0
 
 
 def _constants(x: Tensor, threshold: int) -> dict[str, object]:

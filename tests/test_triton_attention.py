@@ -96,7 +96,7 @@ def packed_cases():
         itertools.cycle((*DTYPES, *DTYPES[::-1], *DTYPES)),
     )
     for i, (((n, m), d), config, positions, p, dtype) in enumerate(turns):
-        positions = min(positions, 3) if n * d > 2048 else positions
+        positions = min(positions, 3) if max(n, m) * d > 2048 else positions
         yield pytest.param(n, m, positions, d, p, dtype, config, id=f"{i}-N{n}-M{m}-L{positions}-D{d}-p{p}-{dtype}")
 
 
@@ -192,14 +192,6 @@ def test_same_seed_same_bits_and_nothing_overwritten(n):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip([out, *first], again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip((q, k, v, grad), before, strict=True))
-
-
-def test_double_backward_is_refused():
-    q, k, v = inputs(9, 9, 2, 16)
-    out = batch_attention(q, k, v, backend="triton")
-    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
