@@ -267,8 +267,8 @@ def encoder_layer(
 
     The Triton backend takes fp32, fp16 and bf16 with C up to 8192 and C / H a multiple of 8 up to 512, and cannot be
     differentiated twice: matrix products by cuBLAS, kernels for all that stands between them, nothing copied or
-    transposed where x is contiguous or (L, N, C) in memory. It casts the weights once under autocast, for both
-    directions.
+    transposed where x is contiguous or (L, N, C) in memory (but for the mixed half of the latter if ``forked``). It
+    casts the weights once under autocast, for both directions.
 
     Args:
         x: (N, …, C), floating point; attention runs over N, each position by itself.
