@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import ops
+from fastbf import classifier, ops
+from fastbf.classifier import Head
 from fastbf.context import autocast_dtype, norm_dtype
 from fastbf.dropout import threshold
 from fastbf.encoder import Layer, Saved
@@ -117,7 +118,7 @@ class _EncoderLayer(Function):
         weights = LayerWeights(*weights)
         ctx.plain_dtype = None if plain is None else plain.dtype
         if layer.fork == "input":
-            x, plain = layer.mixed(x).reshape(layer.rows.count, -1), x
+            x, plain = layer.mixed(x).reshape(layer.rows.count, -1).contiguous(), x
         out, saved = ops.encoder_forward(x, plain, weights, seed, layer)
         products = weights[:8:2] if saved.cast is None else (None,) * 4
         ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
@@ -135,9 +136,10 @@ class _EncoderLayer(Function):
             factors = cast_factors(saved.cast, ctx.width, factors.norm1, factors.norm2)
         d_out = d_out.contiguous()
         wanted = Wanted(needs[0], *needs[4:])
+        # Of the products' gradients, which those of parameters in other dtypes are rounded from.
+        dtype = ctx.dtypes[0] if ctx.dtypes[0] == torch.float32 else layer.compute
         found = {"plain": layer.plain(d_out).to(ctx.plain_dtype) if needs[1] else None}
         if any(wanted):
-            dtype = ctx.dtypes[0]
             grads = ops.encoder_gradients(d_out, x, saved._replace(cast=None), factors, seed, layer, wanted, dtype)
             found |= grads._asdict()
             if wanted.sums:
@@ -147,6 +149,38 @@ class _EncoderLayer(Function):
             for name, need, dtype in zip(LayerWeights._fields, needs[4:], ctx.dtypes, strict=True)
         )
         return found.get("x"), found["plain"], None, None, *parameters
+
+
+class _Classifier(Function):
+    """The shared classifier's loss. Saves x and the weight in the products' dtype, the products [M, K] in it, the
+    target, and five fp32 numbers a row. Also gives each stream's loss and accuracy, (2, streams), without gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, matrix: Tensor, bias: Tensor | None, logit_bias: Tensor | None, target: Tensor,
+        weight: Tensor | None, head: Head,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        made = ops.classifier_forward(x, matrix, bias, target, weight, logit_bias, head)
+        factors = x if made.x is None else made.x, matrix if made.matrix is None else made.matrix
+        ctx.save_for_backward(*factors, made.z, made.of_rows, made.total, target, weight, logit_bias)
+        ctx.head, ctx.dtypes = head, [None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)]
+        ctx.mark_non_differentiable(made.stats)
+        ctx.set_materialize_grads(False)  # zeros for them would be a launch
+        return made.loss, made.stats
+
+    @staticmethod
+    @once_differentiable("linear_cross_entropy")
+    def backward(ctx, grad: Tensor, _):
+        wanted = classifier.Wanted(*ctx.needs_input_grad[:4])
+        x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
+        scale = ctx.head.scale
+        grads = ops.classifier_gradients(
+            grad.contiguous(), *ctx.saved_tensors, ctx.head, wanted, (x_dtype, matrix_dtype)
+        )  # fmt: skip
+        d_bias = (grads.sums if scale == 1 else grads.sums * scale).to(bias_dtype) if wanted.bias else None
+        d_logit_bias = grads.sums.to(logit_bias_dtype) if wanted.logit_bias else None
+        return grads.x, grads.matrix, d_bias, d_logit_bias, None, None, None
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
@@ -162,11 +196,16 @@ def _split(sums: Tensor, norm_first: bool, channels: int, width: int) -> dict[st
     return dict(zip(names, sums.split(sizes), strict=True))
 
 
-def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, each but once: ``torch.compile`` takes no Function that is given the same tensor twice."""
     if not torch.compiler.is_compiling():
         return tensors
-    return tuple(t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors))
+    again = [t is not None and any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
+    return tuple(t.view_as(t) if repeated else t for t, repeated in zip(tensors, again, strict=True))
+
+
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _order(x: Tensor) -> tuple[Tensor, Rows]:
@@ -178,9 +217,9 @@ def _order(x: Tensor) -> tuple[Tensor, Rows]:
 
 
 def _as(x: Tensor, rows: Rows) -> Tensor:
-    """x (N, …, C) as rows [R, C] in a given order."""
+    """x (N, …, C) as rows [R, C] in a given order, contiguous."""
     x = x.reshape(rows.samples, rows.positions, x.shape[-1])
-    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.count, x.shape[-1])
+    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.count, x.shape[-1]).contiguous()
 
 
 def _back(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
@@ -201,7 +240,8 @@ def add_layer_norm(
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
     matrix, rows = _order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    x_rows, residual = _distinct(matrix.view(rows.count, -1), _as(residual, rows))
+    tensors = (matrix.view(rows.count, -1), _as(residual, rows), *_dense(weight, bias))
+    x_rows, residual, weight, bias = _distinct(*tensors)
     y = _AddNorm.apply(x_rows, residual, weight, bias, eps, seed, threshold(p), dtype, rows)
     return _back(y, rows, x.shape)
 
@@ -229,5 +269,17 @@ def encoder_layer(
         rows.samples // 2 if forked else rows.samples, *rows[1:], num_heads, activation, norm_first, eps, threshold(p),
         fork, compute, norm_dtype(x, torch.promote_types(x.dtype, compute)),
     )  # fmt: skip
-    out = _EncoderLayer.apply(matrix.reshape(rows.count, -1), other, seed, layer, *weights)
+    weights = (*weights[:8], *_dense(*weights[8:]))  # products take any strides
+    rows_of_x, other, *weights = _distinct(matrix.reshape(rows.count, -1), other, *weights)
+    out = _EncoderLayer.apply(rows_of_x, other, seed, layer, *weights)
     return _back(out, rows, x.shape)
+
+
+def linear_cross_entropy(
+    x: Tensor, matrix: Tensor, target: Tensor, *, bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None,
+    head: Head,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss, () or (M,), and fp32 (2, streams), each stream's loss and accuracy. x (M, C), target (N,)."""
+    x, target, weight, logit_bias = _dense(x, target, weight, logit_bias)
+    x, matrix, bias, logit_bias = _distinct(x, matrix, bias, logit_bias)
+    return _Classifier.apply(x, matrix, bias, logit_bias, target, weight, head)

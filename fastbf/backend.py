@@ -10,27 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbf.context import autocast_dtype, traced_as_constant, transformed
+from fastbf.context import traced_as_constant, transformed
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 512
 MAX_CHANNELS = 8192
 
-# The ops of fastbf.functional that Triton kernels serve.
-TRITON_OPS = {
+#: The public ops of fastbf.functional, and what their Triton kernels do.
+OPS = {
     "batch_attention": "a Triton kernel covers batch_attention for these tensors.",
     "dropout_add_layer_norm": "a Triton kernel covers dropout_add_layer_norm for these tensors.",
     "activation_dropout": "a Triton kernel covers activation_dropout for these tensors.",
     "encoder_layer": "Triton kernels do all of encoder_layer that stands between its matrix products.",
+    "linear_cross_entropy": "Triton kernels do all of linear_cross_entropy but its matrix products.",
 }
-OPS = (
-    "batch_attention",
-    "dropout_add_layer_norm",
-    "activation_dropout",
-    "encoder_layer",
-    "linear_cross_entropy",
-)
 
 
 class Choice(NamedTuple):
@@ -63,10 +57,15 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@traced_as_constant
-@cache
+@traced_as_constant  # and so no cache itself, through which a compiler would look
 def _gpu_obstacle(device: torch.device) -> str | None:
-    """Why kernels cannot run on a GPU, whatever the call; tried once, and said in a warning if it is a surprise."""
+    """Why kernels cannot run on a GPU, whatever the call."""
+    return _tried(device)
+
+
+@cache
+def _tried(device: torch.device) -> str | None:
+    """As :func:`_gpu_obstacle`, found out once, and said in a warning if it is a surprise."""
     if torch.version.hip is not None:
         return "the kernels' configurations are for NVIDIA GPUs."
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -80,18 +79,18 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     return None
 
 
-_failed: dict[str, str] = {}
+_failed: dict[tuple[str, torch.device], str] = {}
 
 
-def unbuilt(op: str, error: Exception) -> str:
-    """That a kernel of ``op`` could not be built, in a sentence; from now on "auto" takes PyTorch for ``op``."""
-    reason = _failed[op] = f"a Triton kernel of {op} could not be built, {error}."
+def unbuilt(op: str, device: torch.device, error: Exception) -> str:
+    """That a kernel of ``op`` could not be built, in a sentence; from now on "auto" takes PyTorch for it there."""
+    reason = _failed[op, device] = f"a Triton kernel of {op} could not be built, {error}."
     return reason
 
 
-def give_up(op: str, error: Exception) -> None:
+def give_up(op: str, device: torch.device, error: Exception) -> None:
     """As :func:`unbuilt`, said in a warning."""
-    _warned(unbuilt(op, error))
+    _warned(unbuilt(op, device, error))
 
 
 def _warned(reason: str) -> str:
@@ -103,17 +102,14 @@ def _obstacle(
     op: str, tensors: tuple[Tensor, ...], head_dim: int | None, channels: int | None, interpreter: bool
 ) -> str | None:
     """Why no Triton kernel can serve the call; None if one can. ``interpreter`` is whether CPU tensors may go there."""
-    if op not in TRITON_OPS:
-        return f"{op} has no Triton kernel in this version."
     if not _installed():
         return "triton is not installed."
     if not tensors:
         return f"no tensors were given, and the kernels of {op} do not serve all."
     x = tensors[0]
-    dtype = autocast_dtype(x) or x.dtype
     if op == "batch_attention":
         head_dim = x.shape[-1]
-    elif op != "activation_dropout":
+    elif op not in ("activation_dropout", "linear_cross_entropy"):
         channels = channels or x.shape[-1]
     if transformed():
         return "a transform of torch.func looks on, and sees through PyTorch's operators only."
@@ -123,15 +119,18 @@ def _obstacle(
             return obstacle
     elif x.device.type != "cpu" or not interpreter or not _interpreted():
         return f"{op} was given tensors on {x.device.type}, and Triton's kernels run on CUDA GPUs."
-    if dtype not in DTYPES:
-        return f"the kernels of {op} take fp32, fp16 and bf16, not {dtype}."
+    for t in tensors:
+        if t.dtype not in DTYPES:
+            return f"the kernels of {op} take fp32, fp16 and bf16, not {t.dtype}."
+        if type(t) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            return f"a tensor is a {type(t).__name__}, which kernels do not see through."
     if head_dim is not None and (head_dim % 8 or head_dim > MAX_HEAD_DIM):
         return f"the head dimension is {head_dim}; kernels take multiples of 8 up to {MAX_HEAD_DIM}."
     if channels is not None and channels > MAX_CHANNELS:
         return f"there are {channels} channels; kernels that normalise take up to {MAX_CHANNELS}."
     if any(t.numel() == 0 for t in tensors):
         return "a tensor is empty."
-    return _failed.get(op)
+    return _failed.get((op, x.device))
 
 
 def choose(
@@ -142,7 +141,7 @@ def choose(
     channels: int | None = None,
     obstacle: str | None = None,
 ) -> Choice:
-    """The backend for one call of ``op`` on ``tensors``, for which all depends on the first.
+    """The backend for one call of ``op`` on ``tensors``, of whose shapes the first one's counts.
 
     Args:
         head_dim: of an encoder layer, if known.
@@ -157,7 +156,7 @@ def choose(
         return Choice("torch", "backend='torch' was asked for.")
     obstacle = obstacle or _obstacle(op, tensors, head_dim, channels, interpreter=backend == "triton")
     if obstacle is None:
-        return Choice("triton", TRITON_OPS[op])
+        return Choice("triton", OPS[op])
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
     return Choice("torch", obstacle)

@@ -128,10 +128,15 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
             f" for an input of {rows[0]} rows; got {tuple(target.shape)}"
         )  # fmt: skip
     if not target.is_floating_point() and device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
-        if bad.numel():
-            raise ValueError(
-                f"target must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, "
-                f"got {bad.flatten()[0].item()}"
-            )
+        class_indices(target, num_classes, ignore_index)
     return target.shape[0] != rows[0]
+
+
+def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Every target is a class or ignored; looks at all of them."""
+    bad = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+    if bad.numel():
+        raise ValueError(
+            f"target must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, "
+            f"got {bad.flatten()[0].item()}"
+        )

@@ -19,6 +19,7 @@ from fastbf.dropout import Site
 from fastbf.encoder_weights import cast, cast_size, needs_cast
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.rows import Rows
+from fastbf.products import linear_into
 from fastbf.reference import LayerWeights, split_qkv
 
 
@@ -168,13 +169,13 @@ def _forward(
 
     if layer.norm_first:
         add_norm.forward(x, rows, y=saved.normed, norm=norms[0])
-    _linear(x if saved.normed is None else saved.normed, w.in_proj_weight, w.in_proj_bias, saved.qkv)
+    linear_into(x if saved.normed is None else saved.normed, w.in_proj_weight, w.in_proj_bias, saved.qkv)
     attention.forward(
         *split_qkv(layer.by_sample(saved.qkv), layer.num_heads), seed,
         scale=(x.shape[1] // layer.num_heads) ** -0.5, threshold=layer.drop, o=layer.heads(saved.o), lse=saved.lse,
     )  # fmt: skip
     branch = torch.empty_like(saved.o)
-    _linear(saved.o, w.out_proj_weight, w.out_proj_bias, branch)
+    linear_into(saved.o, w.out_proj_weight, w.out_proj_bias, branch)
 
     drops = layer.drops(Site.ATTENTION_OUTPUT, seed)
     if layer.norm_first:
@@ -186,19 +187,12 @@ def _forward(
         copy = saved.z if copied else None
         add_norm.forward(x, rows, x=branch, total=saved.s1, y=residual, copy=copy, norm=norms[0], **drops)
 
-    _linear(saved.z, w.linear1_weight, w.linear1_bias, saved.hidden)
+    linear_into(saved.z, w.linear1_weight, w.linear1_bias, saved.hidden)
     u = saved.hidden if layer.activation == "relu" else torch.empty_like(saved.hidden)
     activation.forward(saved.hidden, rows, layer.activation, u=u, **layer.drops(Site.ACTIVATION, seed))
-    _linear(u, w.linear2_weight, w.linear2_bias, branch)
+    linear_into(u, w.linear2_weight, w.linear2_bias, branch)
 
     norm = None if layer.norm_first else norms[1]
     drops = layer.drops(Site.FEEDFORWARD_OUTPUT, seed)
     fork = {"plain": plain, "plain_forked": layer.fork == "input"}
     add_norm.forward(residual, rows, x=branch, total=saved.s2, y=out, norm=norm, **fork, **drops)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)

@@ -1,8 +1,8 @@
 """Backward of ``fastbf/encoder.py``, on plain tensors.
 
 It goes from the layer's end to its start and stops where nothing further up wants a gradient. Weight gradients leave
-their matrix product in the parameters' dtype. What the elementwise kernels sum over rows goes into one buffer of
-partial sums, which is added up once.
+their matrix product in fp32 where the parameters are. What the elementwise kernels sum over rows goes into one buffer
+of partial sums, which is added up once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastbf.encoder_weights import Factors
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import partial_sums
+from fastbf.products import weight_gradient
 from fastbf.reference import split_qkv
 
 
@@ -100,15 +101,6 @@ class _Partials:
         return None if self.buffer is None else self.buffer.sum(0)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dyᵀ x in ``dtype``, which the product itself rounds to where the device can do that."""
-    if dtype == dy.dtype:
-        return torch.mm(dy.t(), x)
-    if dy.is_cuda and dtype == torch.float32:
-        return torch.mm(dy.t(), x, out_dtype=dtype)
-    return torch.mm(dy.t().to(dtype), x.to(dtype))
-
-
 def backward(
     d_out: Tensor,
     x: Tensor,
@@ -129,7 +121,7 @@ def backward(
         seed: as in forward.
         layer: the call.
         wanted: which gradients; at least one.
-        dtype: of the gradients of weights and of in_proj_bias.
+        dtype: of the gradients of weights and of in_proj_bias: fp32, or that of the products.
     """
     with no_autocast(x):
         return _backward(d_out, x, saved, factors, seed, layer, wanted, dtype)
@@ -153,7 +145,7 @@ def _backward(
         return torch.empty(shape, dtype=x.dtype, device=x.device) if wanted.x else None
 
     # drop + residual (+ norm): the end
-    d_branch = empty()
+    d_branch, ds2 = empty(), None
     drops = layer.drops(Site.FEEDFORWARD_OUTPUT, seed)
     if norm_first:
         add_norm.backward(d_out, rows, dy_forked=forked, dx=d_branch, partials=partials.take(channels), **drops)
@@ -175,8 +167,8 @@ def _backward(
         **layer.drops(Site.ACTIVATION, seed),
     )  # fmt: skip
     grads = Gradients(
-        linear1_weight=_weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
-        linear2_weight=_weight_gradient(d_branch, u, dtype) if wanted.linear2_weight else None,
+        linear1_weight=weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
+        linear2_weight=weight_gradient(d_branch, u, dtype) if wanted.linear2_weight else None,
     )
     if reach < 2:
         return grads._replace(sums=partials.total())
@@ -197,10 +189,11 @@ def _backward(
         )  # fmt: skip
     if reach < 3:
         return grads._replace(sums=partials.total())
+    del dh, dz, u, ds2  # attention's backward needs the room
 
     # attention
     if wanted.out_proj_weight:
-        grads = grads._replace(out_proj_weight=_weight_gradient(d_branch, saved.o, dtype))
+        grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
         d_qkv = torch.empty_like(saved.qkv)
         attention.backward(
@@ -211,7 +204,7 @@ def _backward(
         )  # fmt: skip
     if wanted.in_proj_weight:
         normed = x if saved.normed is None else saved.normed
-        grads = grads._replace(in_proj_weight=_weight_gradient(d_qkv, normed, dtype))
+        grads = grads._replace(in_proj_weight=weight_gradient(d_qkv, normed, dtype))
     if wanted.in_proj_bias:
         grads = grads._replace(in_proj_bias=d_qkv.sum(0, dtype=dtype))
     if reach < 4:

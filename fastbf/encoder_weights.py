@@ -34,7 +34,7 @@ def cast_size(channels: int, width: int) -> int:
 def cast(weights: LayerWeights, buffer: Tensor, also: dict[Tensor, Tensor]) -> LayerWeights:
     """The weights with the linear layers' tensors cast into ``buffer`` (1-D), the norms' as they are.
 
-    One launch; it fills the keys of ``also`` with their values, too.
+    One launch where all that is cast is dense and of one dtype. Fills the keys of ``also`` with their values, too.
     """
     starts = _starts(weights.out_proj_weight.shape[0], weights.linear1_weight.shape[0])
     views: list[Tensor | None] = [None] * _LINEAR

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from fastbf.context import autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, draw_seed, elementwise_mask
 
 ACTIVATIONS = ("relu", "gelu")
+T = TypeVar("T")
 
 
 class LossStats(NamedTuple):
@@ -47,6 +48,10 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+def _is_given(t: Tensor | None) -> bool:
+    return t is not None
+
+
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts what a GEMM reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
     dtype = autocast_dtype(x)
@@ -55,7 +60,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def _on_kernels(op: str, backend: str, kernels: Callable[[], Tensor], fallback: Callable[[], Tensor]) -> Tensor:
+def _on_kernels(op: str, x: Tensor, backend: str, kernels: Callable[[], T], fallback: Callable[[], T]) -> T:
     """What ``kernels`` gives; where one of them cannot be built, "auto" takes the fallback from then on."""
     if backend == "triton" or torch.compiler.is_compiling():
         return kernels()
@@ -64,7 +69,7 @@ def _on_kernels(op: str, backend: str, kernels: Callable[[], Tensor], fallback: 
     try:
         return kernels()
     except BuildError as error:
-        give_up(op, error)
+        give_up(op, x.device, error)
         return fallback()
 
 
@@ -138,7 +143,7 @@ def batch_attention(
         return call()
     from fastbf import autograd
 
-    return _on_kernels("batch_attention", backend, partial(autograd.attention, *call.args, **call.keywords), call)
+    return _on_kernels("batch_attention", q, backend, partial(autograd.attention, *call.args, **call.keywords), call)
 
 
 def dropout_add_layer_norm(
@@ -180,7 +185,7 @@ def dropout_add_layer_norm(
     checks.same_device("x", x, {"residual": residual, "weight": weight, "bias": bias})
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    choice = choose(backend, "dropout_add_layer_norm", x)
+    choice = choose(backend, "dropout_add_layer_norm", x, residual)
     seed = _as_seed(seed, p, x.device)
 
     def in_torch() -> Tensor:
@@ -192,7 +197,7 @@ def dropout_add_layer_norm(
     from fastbf import autograd
 
     kernels = partial(autograd.add_layer_norm, x, residual, weight, bias, p=p, eps=eps, seed=seed)
-    return _on_kernels("dropout_add_layer_norm", backend, kernels, in_torch)
+    return _on_kernels("dropout_add_layer_norm", x, backend, kernels, in_torch)
 
 
 def activation_dropout(
@@ -235,7 +240,7 @@ def activation_dropout(
     from fastbf import autograd
 
     kernels = partial(autograd.activation_dropout, x, activation, p=p, seed=seed)
-    return _on_kernels("activation_dropout", backend, kernels, in_torch)
+    return _on_kernels("activation_dropout", x, backend, kernels, in_torch)
 
 
 def encoder_layer(
@@ -322,7 +327,7 @@ def encoder_layer(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
+    choice = choose(backend, "encoder_layer", x, *filter(_is_given, weights), head_dim=channels // num_heads)
     seed = _as_seed(seed, p, x.device)
     options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps}
     options |= {"p": p, "seed": seed, "plain": plain, "forked": forked}
@@ -331,7 +336,7 @@ def encoder_layer(
         return in_torch()
     from fastbf import autograd
 
-    return _on_kernels("encoder_layer", backend, partial(autograd.encoder_layer, x, weights, **options), in_torch)
+    return _on_kernels("encoder_layer", x, backend, partial(autograd.encoder_layer, x, weights, **options), in_torch)
 
 
 def _encoder_layer_in_torch(
@@ -380,8 +385,11 @@ def linear_cross_entropy(
     ``stats``. An input with twice as many rows as the target is a fork: its two halves, plain and mixed, share the
     target, which is not copied.
 
-    The torch backend works in row chunks, keeps the product input · linear_weightᵀ for backward up to 1 GiB and
-    computes it again above. Statistics and sums are taken in fp32 (fp64 for fp64).
+    The Triton backend takes class indices with fp32, fp16 and bf16 and logits of up to 1 GiB, keeps the product
+    input · linear_weightᵀ in its own dtype, makes its gradient beside it, and cannot be differentiated twice. An index
+    out of range, which on a GPU nobody waits to look for, makes the loss NaN. The torch backend works in row chunks,
+    keeps the product for backward up to 1 GiB and computes it again above. Both take statistics and sums in fp32 (fp64
+    for fp64).
 
     Args:
         input: (M, …, C), floating point.
@@ -427,21 +435,69 @@ def linear_cross_entropy(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
-    choose(backend, "linear_cross_entropy", input, linear_weight)
+    obstacle = _classifier_obstacle(input, target, num_classes, weight, logit_bias)
+    choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
-    rows = input.shape[:-1]
+    tensors = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    options = {"scale": scale, "reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    call = (input, linear_weight, target, tensors, options, forked, stats)
+    in_torch = partial(_linear_cross_entropy_in_torch, *call)
+    if choice.backend == "torch":
+        loss, of_streams = in_torch()
+    else:
+        kernels = partial(_linear_cross_entropy_on_kernels, *call)
+        loss, of_streams = _on_kernels("linear_cross_entropy", input, backend, kernels, in_torch)
+    return (loss, of_streams) if stats else loss
+
+
+def _classifier_obstacle(
+    input: Tensor, target: Tensor, num_classes: int, weight: Tensor | None, logit_bias: Tensor | None
+) -> str | None:
+    """Why the kernels of the classifier cannot serve a call, whatever its device and dtype."""
+    if target.is_floating_point():
+        return "the target holds probabilities, and the kernels of linear_cross_entropy take class indices."
+    if weight is not None and weight.requires_grad:
+        return "the kernels of linear_cross_entropy give class weights no gradient."
+    if logit_bias is not None and logit_bias.dtype == torch.float64:
+        return "logit_bias is fp64."
+    rows, itemsize = input.numel() // max(1, input.shape[-1]), (autocast_dtype(input) or input.dtype).itemsize
+    if rows * num_classes * itemsize > chunked_classifier.KEEP_LOGITS_BYTES:
+        return "the logits take more than 1 GiB, which the torch backend works through in chunks."
+    return None
+
+
+def _linear_cross_entropy_on_kernels(
+    input: Tensor, linear_weight: Tensor, target: Tensor, tensors: dict[str, Tensor | None], options: dict[str, Any],
+    forked: bool, stats: bool,
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    from fastbf import autograd
+    from fastbf.classifier import Head
+
+    compute = autocast_dtype(input)
+    head = Head(
+        2 if forked else 1, options["reduction"], options["scale"], options["ignore_index"], options["label_smoothing"],
+        stats, compute or input.dtype, torch.float32 if compute else _eager_dtype(input, tensors["logit_bias"]),
+    )  # fmt: skip
+    loss, of_streams = autograd.linear_cross_entropy(
+        input.flatten(0, -2), linear_weight, target.flatten(), bias=tensors["linear_bias"], weight=tensors["weight"],
+        logit_bias=tensors["logit_bias"], head=head,
+    )  # fmt: skip
+    return loss.view(input.shape[:-1] if head.reduction == "none" else ()), LossStats(*of_streams.unbind())
+
+
+def _linear_cross_entropy_in_torch(
+    input: Tensor, linear_weight: Tensor, target: Tensor, tensors: dict[str, Tensor | None], options: dict[str, Any],
+    forked: bool, stats: bool,
+) -> tuple[Tensor, LossStats | None]:  # fmt: skip
+    rows, num_classes = input.shape[:-1], linear_weight.shape[0]
+    weight, logit_bias, ignore_index = tensors["weight"], tensors["logit_bias"], options["ignore_index"]
     probabilities = target.is_floating_point()
     target = target.reshape(-1, num_classes) if probabilities else target.flatten()
     norm = reference.row_norm(target, weight, ignore_index, compute_dtype(input.dtype))
-    x, linear_weight, linear_bias = _autocast(input.flatten(0, -2), linear_weight, linear_bias)
-    options = {
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "logit_bias": logit_bias,
-        "scale": scale,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-    }
+    x, linear_weight, linear_bias = _autocast(input.flatten(0, -2), linear_weight, tensors["linear_bias"])
+    reduction = options["reduction"]
+    options = {name: value for name, value in options.items() if name != "reduction"}
+    options |= {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
     unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
     if unusual or traced():
         repeated = torch.cat([target, target]) if forked else target
@@ -456,13 +512,13 @@ def linear_cross_entropy(
     dtype = loss.dtype if autocast_dtype(input) else _eager_dtype(x, logit_bias)
     total = norm.sum() * (2 if forked else 1)
     reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
-    result = reduced[reduction]()
+    result = reduced[reduction]().to(dtype)
     if not stats:
-        return result.to(dtype)
+        return result, None
     streams = loss.detach().view(2 if forked else 1, -1)
     counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
     accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result.to(dtype), LossStats(streams.sum(-1) / norm.sum().detach(), accuracy)
+    return result, LossStats(streams.sum(-1) / norm.sum().detach(), accuracy)
 
 
 def _eager_dtype(x: Tensor, logit_bias: Tensor | None) -> torch.dtype:

@@ -18,12 +18,13 @@ class Used(NamedTuple):
 
     leaves: tuple[Tensor, ...]  #: tensors that get a gradient, arguments apart
     modules: tuple[nn.Module, ...]  #: that were called, and all inside them
-    tensors: tuple[Tensor, ...]  #: leaves, and the modules' parameters and buffers
     differentiable: tuple[bool, ...]  #: of the results, flattened
 
     def state(self) -> tuple:
         """What, if it changes, makes the callable do something else, or somewhere else in memory."""
-        return [m.training for m in self.modules], [(t.data_ptr(), t.requires_grad) for t in self.tensors]
+        held = [t for m in self.modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in (*self.leaves, *held)]
+        return tensors, [(m.training, vars(m).get("p")) for m in self.modules]  # p: the rate of a dropout
 
 
 def observed(call: Callable[..., Any], owner: nn.Module | None, args: tuple[Tensor, ...]) -> Used:
@@ -42,10 +43,8 @@ def observed(call: Callable[..., Any], owner: nn.Module | None, args: tuple[Tens
     modules = tuple({inner: None for root in roots for inner in root.modules()})
     _check_modules(modules, owner)
     leaves = tuple(leaf for leaf in _leaves(results) if not any(leaf is x for x in args))
-    held = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
     _check_leaves(leaves, args[0].device)
-    tensors = tuple({id(t): t for t in (*leaves, *held)}.values())
-    return Used(leaves, modules, tensors, tuple(result.requires_grad for result in results))
+    return Used(leaves, modules, tuple(result.requires_grad for result in results))
 
 
 @contextmanager

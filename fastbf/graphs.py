@@ -24,8 +24,8 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
     ``fastbf.make_graphed(lambda x, y: classifier.loss(former(x), y), (x, y))`` makes a step of a training loop from
     BatchFormer to the loss two graphs. Parameters are found by running the callable; each replay draws its dropout
     afresh. Calls that differ from the captured one in shapes, dtypes or devices (a ragged last batch), in autocast, in
-    the mode of a module or in which parameters are trained, and calls after parameters have moved in memory
-    (``module.half()``), run eagerly.
+    a module's mode or dropout rate or in which parameters are trained, and calls after parameters of a module that the
+    callable calls were replaced or moved in memory (``module.half()``), run eagerly.
 
     Results and the gradients of arguments are the caller's own. Parameters' gradients lie in the graph's memory: those
     in ``.grad`` are copied before a later backward would overwrite them, so that accumulating over steps is right; what

@@ -102,7 +102,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         reason = "the call has an attention mask." if masked else self.parent_reason(src)
         if reason is None:
             self._check(src)
-        choice = choose(self.backend, self.op, src, head_dim=self.self_attn.head_dim, obstacle=reason)
+        head_dim = None if reason else self.self_attn.head_dim
+        choice = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
         # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
         if reason is not None or (choice.backend == "torch" and not self.training):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)

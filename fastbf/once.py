@@ -31,8 +31,9 @@ def once_differentiable(op: str) -> Callable[[Callable[..., Gradients]], Callabl
                 with torch.no_grad():
                     found = backward(ctx, *grads)
             except BuildError as error:
+                reason = unbuilt(op, grads[0].device, error)
                 raise RuntimeError(
-                    f"{unbuilt(op, error)} From now on backend='auto' takes PyTorch for {op}: run the step again."
+                    f"{reason} From now on backend='auto' takes PyTorch for {op}: run the step again."
                 ) from error
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
                 return _refusing(op, found)

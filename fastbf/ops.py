@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastbf import encoder, encoder_backward
+from fastbf import classifier, encoder, encoder_backward
+from fastbf.classifier import Head, Results
 from fastbf.dropout import Site
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Gradients, Wanted
@@ -245,3 +246,82 @@ def activation_backward(
     (dh,) = grads = _activation_gradients(du)
     activation.backward(du, saved, Rows(*rows), name, dh=dh, seed=seed, site=int(Site.ACTIVATION), threshold=drop)
     return grads
+
+
+_HEAD = (
+    "int streams, str reduction, float scale, int ignore_index, float smoothing, bool count, ScalarType compute,"
+    " ScalarType loss"
+)
+
+
+def _classifier_results(x: Tensor, matrix: Tensor, bias: Tensor | None, target: Tensor, *rest: object) -> list[Tensor]:
+    _, _, *head = rest
+    return [t for t in classifier.allocate(x, matrix, Head(*head)) if t is not None]
+
+
+@_operator(
+    f"(Tensor x, Tensor matrix, Tensor? bias, Tensor target, Tensor? weight, Tensor? logit_bias, {_HEAD}) -> Tensor[]",
+    _classifier_results,
+)
+def _classifier_forward(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None, logit_bias: Tensor | None,
+    *head: object,
+) -> list[Tensor]:  # fmt: skip
+    results = classifier.forward(x, matrix, bias, target, weight, logit_bias, Head(*head))
+    return [t for t in results if t is not None]
+
+
+def classifier_forward(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None, logit_bias: Tensor | None,
+    head: Head,
+) -> Results:  # fmt: skip
+    """``fastbf.classifier.forward``."""
+    loss, stats, total, *rest = _classifier_forward(x, matrix, bias, target, weight, logit_bias, *head)
+    of_rows, z, *narrowed = rest[::-1]
+    narrow_x = narrowed.pop() if x.dtype != head.compute else None
+    return Results(loss, stats, total, narrow_x, narrowed[0] if narrowed else None, z, of_rows)
+
+
+def _classifier_gradients(
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
+    weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
+    matrix_dtype: torch.dtype, *head: object,
+) -> list[Tensor]:  # fmt: skip
+    wanted = classifier.Wanted(*wanted)
+    shapes = ((wanted.x, x.shape, x_dtype), (wanted.matrix, matrix.shape, matrix_dtype))
+    grads = [torch.empty(shape, dtype=dtype, device=x.device) for want, shape, dtype in shapes if want]
+    if wanted.bias or wanted.logit_bias:
+        grads.append(torch.empty(z.shape[1], dtype=torch.float32, device=x.device))
+    return grads
+
+
+@_operator(
+    "(Tensor grad, Tensor x, Tensor matrix, Tensor z, Tensor of_rows, Tensor total, Tensor target, Tensor? weight,"
+    f" Tensor? logit_bias, bool[] wanted, ScalarType x_dtype, ScalarType matrix_dtype, {_HEAD}) -> Tensor[]",
+    _classifier_gradients,
+)
+def _classifier_backward(
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
+    weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
+    matrix_dtype: torch.dtype, *head: object,
+) -> list[Tensor]:  # fmt: skip
+    found = classifier.backward(
+        grad, x, matrix, z, of_rows, total, target, weight, logit_bias, Head(*head), classifier.Wanted(*wanted),
+        (x_dtype, matrix_dtype),
+    )  # fmt: skip
+    return [t for t in found if t is not None]
+
+
+def classifier_gradients(
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
+    weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: classifier.Wanted,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> classifier.Gradients:  # fmt: skip
+    """``fastbf.classifier.backward``."""
+    found = iter(
+        _classifier_backward(
+            grad, x, matrix, z, of_rows, total, target, weight, logit_bias, list(wanted), *dtypes, *head
+        )
+    )
+    kinds = (wanted.x, wanted.matrix, wanted.bias or wanted.logit_bias)
+    return classifier.Gradients(*(next(found) if want else None for want in kinds))

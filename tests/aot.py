@@ -101,14 +101,14 @@ def main() -> int:
     arguments = parser.parse_args()
     todo = jobs(arguments.kernel, arguments.sm, arguments.full)
     print(f"triton {triton.__version__}: {len(todo)} compilations")
-    print(f"{'kernel':<20}{'dtype':<10}size keep   sm {'tiles':<31} regs spill  KiB  mma")
+    print(f"{'kernel':<23}{'dtype':<10}size keep   sm {'tiles':<31} regs spill  KiB  mma")
     faults = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for job, result in zip(todo, pool.map(build, todo, chunksize=8), strict=True):
             wrong = fault(job, result)
             faults += bool(wrong)
             print(
-                f"{job.kernel:<20}{job.kind:<10}{job.size:>4} {job.keep:>4} {job.capability:>4} {job.tiles:<31}"
+                f"{job.kernel:<23}{job.kind:<10}{job.size:>4} {job.keep:>4} {job.capability:>4} {job.tiles:<31}"
                 f"{result.registers:>5}{result.spill:>6}{result.shared // KIB:>5}{result.tensor_core:>5}  {wrong}",
                 flush=True,
             )

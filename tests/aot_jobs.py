@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fastbf.kernels import activation, add_norm, attention
+from fastbf.kernels import activation, add_norm, attention, cross_entropy
 from fastbf.kernels.attention_configs import TABLE, key_value_passes
+from fastbf.kernels.cross_entropy import class_tile
 from fastbf.kernels.rng import KEEP_BITS, KEEP_HALVES
 from fastbf.kernels.rows import ACTIVATION_TILE, norm_tile
 
@@ -16,7 +17,8 @@ KERNELS = {
     for kernel in (
         attention.forward_streaming, attention.forward_packed, attention.backward_query, attention.backward_key_value,
         attention.backward_packed, add_norm.add_norm_forward, add_norm.add_norm_backward,
-        activation.activation_forward, activation.activation_backward,
+        activation.activation_forward, activation.activation_backward, cross_entropy.cross_entropy_forward,
+        cross_entropy.cross_entropy_finish, cross_entropy.cross_entropy_backward,
     )
 }  # fmt: skip
 
@@ -24,7 +26,7 @@ KERNELS = {
 USERS = {80: (80, 86), 90: (90,), 100: (100,)}
 CAPABILITIES = tuple(itertools.chain(*USERS.values()))
 
-FP32_POINTERS = ("p_lse", "p_delta", "p_partials")
+FP32_POINTERS = ("p_lse", "p_delta", "p_partials", "p_rows", "p_total", "p_stats", "p_logit_bias")
 #: What has the products' 16-bit dtype under autocast, where the rest is fp32.
 NARROW_POINTERS = ("p_x", "p_dx", "p_copy", "p_dy2")
 
@@ -48,7 +50,7 @@ def _elements(kernel: str, dtype: str, narrow: str | None = None) -> dict[str, s
     """The element type of every pointer: ``dtype``, and ``narrow`` where autocast has 16 bits."""
     types = {}
     for name in KERNELS[kernel].arg_names:
-        if name == "p_seed":
+        if name in ("p_seed", "p_target"):
             types[name] = "i64"
         elif name.startswith("p_"):
             types[name] = "fp32" if name in FP32_POINTERS else narrow if name in NARROW_POINTERS and narrow else dtype
@@ -140,7 +142,33 @@ def _activation_jobs() -> Iterator[Job]:
             )  # fmt: skip
 
 
+CLASSES = (7, 101, 1000, 8142)
+#: The options that a call of the classifier's loss sets: none, then all.
+OPTIONS = {"plain": "MEAN PARTIALS", "all": "HAS_WEIGHT HAS_LOGIT_BIAS SMOOTH COUNT MEAN PARTIALS"}
+
+
+def _classifier_jobs() -> Iterator[Job]:
+    sizes = {"cross_entropy_forward": CLASSES, "cross_entropy_backward": CLASSES, "cross_entropy_finish": (0,)}
+    for kernel, classes in sizes.items():
+        flags = [name for name in KERNELS[kernel].arg_names if name.isupper() and name not in ("K", "BM", "BC")]
+        for num_classes, (call, given), capability in itertools.product(classes, OPTIONS.items(), CAPABILITIES):
+            constants = {flag: flag in given.split() for flag in flags}
+            if kernel == "cross_entropy_finish":
+                constants |= {"STREAMS": 2, "BM": 1024}
+                warps = 8
+            else:
+                tile = class_tile(num_classes)
+                constants |= {"K": num_classes, "BM": tile.rows, "BC": tile.channels}
+                warps = tile.num_warps
+            for dtype in ("fp32", "bf16"):
+                yield Job(
+                    kernel, dtype, num_classes, 0, capability, f"{call}, {warps} warps",
+                    _elements(kernel, dtype) | ({"p_weight": "fp32"} if "HAS_WEIGHT" in constants else {}), constants,
+                    {"num_warps": warps}, False,
+                )  # fmt: skip
+
+
 def jobs(kernels: list[str], capabilities: list[int], full: bool) -> list[Job]:
     """The compilations of these kernels for these GPUs; ``full`` adds to attention's."""
-    every = itertools.chain(_attention_jobs(full), _norm_jobs(), _activation_jobs())
+    every = itertools.chain(_attention_jobs(full), _norm_jobs(), _activation_jobs(), _classifier_jobs())
     return [job for job in every if job.kernel in kernels and job.capability in capabilities]

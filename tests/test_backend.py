@@ -11,7 +11,7 @@ from triton.runtime import JITFunction
 import fastbf
 from fastbf import backend, functional
 from fastbf.backend import OPS
-from fastbf.kernels import activation, add_norm, attention, probe
+from fastbf.kernels import activation, add_norm, attention, cross_entropy, probe
 from fastbf.kernels.launch import BuildError, launch
 from tests.triton_case import DEVICE
 
@@ -41,13 +41,24 @@ def test_a_layer_outside_the_fused_path_says_so():
     assert "activation" in fastbf.explain(layer, torch.randn(2, 8)).reason
 
 
+def test_tensors_that_kernels_do_not_see_through():
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(6, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="a tensor is a Tagged"):
+        functional.activation_dropout(x.as_subclass(Tagged), "relu", dropout_p=0.0, backend="triton")
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        CALLS["dropout_add_layer_norm"](x, dropout_p=0.0, backend="triton", residual=x.double())
+
+
 def test_triton_never_falls_back_silently():
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, dtype=torch.float64)
     y = torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call"):
-        fastbf.BatchFormer(8, backend="triton")(x)
+        fastbf.BatchFormer(8, backend="triton").double()(x)
     with pytest.raises(ValueError, match="backend='triton' cannot serve this call"):
-        fastbf.SharedClassifier(8, 3, backend="triton").loss(x, y)
+        fastbf.SharedClassifier(8, 3, backend="triton").double().loss(x, y)
     layer = fastbf.BatchFormerLayer(8, 4, backend="triton")
     with pytest.raises(ValueError, match="attention mask"):
         layer(x, src_mask=torch.zeros(4, 4, dtype=torch.bool))
@@ -99,8 +110,11 @@ def _unbuildable(*_):
 
 CALLS = {
     "batch_attention": lambda x, **options: functional.batch_attention(*[x.unflatten(-1, (4, -1))] * 3, **options),
-    "dropout_add_layer_norm": lambda x, **options: functional.dropout_add_layer_norm(
-        x, x, torch.ones(32, device=DEVICE), None, eps=1e-5, **options
+    "dropout_add_layer_norm": lambda x, residual=None, **options: functional.dropout_add_layer_norm(
+        x, x if residual is None else residual, torch.ones(32, device=DEVICE), None, eps=1e-5, **options
+    ),
+    "linear_cross_entropy": lambda x, dropout_p, **options: functional.linear_cross_entropy(
+        x, torch.eye(32, device=DEVICE), torch.arange(6, device=DEVICE), **options
     ),
     "activation_dropout": lambda x, **options: functional.activation_dropout(x, "relu", **options),
     "encoder_layer": lambda x, dropout_p, backend="auto": fastbf.BatchFormer(
@@ -115,7 +129,7 @@ def test_a_kernel_that_cannot_be_built(op, auto_takes_the_interpreter, monkeypat
     x = torch.randn(6, 32, device=DEVICE)
     torch.manual_seed(1)
     expected = CALLS[op](x, dropout_p=0.5, backend="torch")
-    for module in (activation, add_norm, attention):
+    for module in (activation, add_norm, attention, cross_entropy):
         monkeypatch.setattr(module, "launch", _unbuildable)
     assert fastbf.explain(op, x.unflatten(-1, (4, -1)) if op == "batch_attention" else x).backend == "triton"
     torch.manual_seed(1)
@@ -172,10 +186,10 @@ def test_a_gpu_for_which_nothing_can_be_built(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backend._gpu_obstacle(device) == reason
-    backend._gpu_obstacle.cache_clear()
+    backend._tried.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "below 8.0" in backend._gpu_obstacle(device)
-    backend._gpu_obstacle.cache_clear()
+    backend._tried.cache_clear()
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 def models(dropout=0.5, backend="torch"):
     former = fastbf.BatchFormer(C, dropout=dropout, backend=backend, device=DEVICE)
-    return former, fastbf.SharedClassifier(C, K, device=DEVICE)
+    return former, fastbf.SharedClassifier(C, K, backend=backend, device=DEVICE)
 
 
 def batch(dtype=torch.float32):

@@ -62,7 +62,7 @@ def _capture(monkeypatch):
 
 def models(dropout=0.5, backend="torch"):
     former = fastbf.BatchFormer(C, dropout=dropout, backend=backend, device=DEVICE)
-    return former, fastbf.SharedClassifier(C, K, device=DEVICE)
+    return former, fastbf.SharedClassifier(C, K, backend=backend, device=DEVICE)
 
 
 def batch(n=N):
@@ -200,6 +200,14 @@ def test_what_differs_runs_eagerly(replays):
     graphed(x, y)
     with torch.no_grad():
         graphed(x.detach(), y)
+    assert len(replays) == 2
+    former.layers[0].dropout1.p = 0.1
+    graphed(x, y)
+    former.layers[0].dropout1.p = 0.5
+    layer = former.layers[0]
+    weight, layer.norm1.weight = layer.norm1.weight, nn.Parameter(torch.ones(C, device=DEVICE))
+    graphed(x, y)
+    layer.norm1.weight = weight
     assert len(replays) == 2
     former.double()
     classifier.double()

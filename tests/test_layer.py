@@ -108,6 +108,17 @@ def test_what_the_fused_layer_does_not_cover_falls_back():
         layer.dropout1 = nn.Identity()
     assert "replaced" in ours.parent_reason()
     assert_same(ours, theirs, x)
+
+    class Attention(nn.Module):
+        batch_first = False
+
+        def forward(self, q, k, v, **_):
+            return q + 1, None
+
+    ours, theirs = pair()
+    for layer in (ours, theirs):
+        layer.self_attn = Attention()
+    torch.testing.assert_close(ours(x), theirs(x))
     hooked = nn.ReLU()
     hooked.register_forward_hook(lambda m, args, out: out * 2)
     assert_same(*pair(activation=hooked), x)

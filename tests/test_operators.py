@@ -5,9 +5,11 @@ import torch
 from torch.library import opcheck
 
 import fastbf
-from fastbf import encoder, functional, ops
+from fastbf import backend, encoder, functional, ops
+from fastbf.classifier import Head
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_weights import Factors, cast_factors
+from fastbf.kernels import probe
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights
 from tests.test_triton_layer import features, weights
@@ -82,9 +84,31 @@ def test_encoder(n, norm_first, fork, compute):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_classifier(compute, reduction):
+    x, matrix, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 16), (7, 16), (7,)))
+    target, weight = torch.arange(6, device=DEVICE), torch.rand(7, device=DEVICE)
+    head = Head(2, reduction, 2.0, 3, 0.1, True, compute, torch.float32)
+    loss, _, total, *rest = check("_classifier_forward", x, matrix, bias, target, weight, bias, *head)
+    *_, z, of_rows = rest
+    dtypes = (torch.float32, torch.float32)
+    factors = [t.to(compute) for t in (x, matrix)]
+    for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True]):
+        check(
+            "_classifier_backward", loss, *factors, z, of_rows, total, target, weight, bias, wanted, *dtypes, *head
+        )  # fmt: skip
+
+
 def test_every_operator_is_checked():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
-    forwards = ("attention_forward", "add_norm_forward", "activation_forward", "_encoder_forward")
+    forwards = (
+        "attention_forward",
+        "add_norm_forward",
+        "activation_forward",
+        "_encoder_forward",
+        "_classifier_forward",
+    )
     assert names == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
     assert all(hasattr(ops, name) for name in names)
 
@@ -105,7 +129,7 @@ def assert_compiled_is_the_same(function, x, parameters=(), exact=True, **option
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("which", ["triton", "torch"])
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -115,16 +139,33 @@ def assert_compiled_is_the_same(function, x, parameters=(), exact=True, **option
         ((6, 32, 2, 3), {"channel_dim": 1, "bias": False}),
     ],
 )
-def test_modules_compile_as_one_graph(backend, shape, options):
-    former = fastbf.BatchFormer(32, backend=backend, device=DEVICE, **options)
+def test_modules_compile_as_one_graph(which, shape, options):
+    former = fastbf.BatchFormer(32, backend=which, device=DEVICE, **options)
     x = torch.randn(shape, device=DEVICE, requires_grad=True)
-    assert_compiled_is_the_same(former, x, list(former.parameters()), exact=backend == "triton", backend="aot_eager")
+    assert_compiled_is_the_same(former, x, list(former.parameters()), exact=which == "triton", backend="aot_eager")
 
 
 def test_a_layer_in_place_of_pytorchs_compiles():
     layer = fastbf.BatchFormerLayer(32, 4, 40, 0.5, batch_first=True, backend="triton", device=DEVICE)
     x = torch.randn(3, 7, 32, device=DEVICE, requires_grad=True)
     assert_compiled_is_the_same(layer, x, list(layer.parameters()), backend="aot_eager")
+
+
+def test_what_is_found_out_about_a_gpu_compiles(monkeypatch):
+    """The compiler takes the answer and does not look at how it came about."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(probe, "probe", lambda _: None)
+    device = torch.device("cuda", 5)
+    compiled = torch.compile(lambda x: x + (backend._gpu_obstacle(device) is None), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
+    backend._tried.cache_clear()
+
+
+def test_parameters_that_are_shared_compile():
+    layer = fastbf.BatchFormerLayer(32, 4, 32, 0.5, backend="triton", device=DEVICE)
+    layer.norm2 = layer.norm1
+    x = torch.randn(7, 32, device=DEVICE, requires_grad=True)
+    assert_compiled_is_the_same(layer, x, list(layer.parameters()), exact=False, backend="aot_eager")
 
 
 def test_compiles_under_autocast():
@@ -136,6 +177,19 @@ def test_compiles_under_autocast():
             return former(x)
 
     assert_compiled_is_the_same(function, x, list(former.parameters()), backend="aot_eager")
+
+
+def test_a_whole_step_compiles():
+    former = fastbf.BatchFormer(32, backend="triton", device=DEVICE)
+    classifier = fastbf.SharedClassifier(32, 5, label_smoothing=0.1, class_counts=[1] * 5, backend="triton")
+    classifier.to(DEVICE)
+    x, y = torch.randn(6, 32, device=DEVICE, requires_grad=True), torch.arange(6, device=DEVICE) % 5
+
+    def step(x):
+        loss, stats = classifier.loss(former(x), y, stats=True)
+        return loss + 0 * stats.loss.sum()
+
+    assert_compiled_is_the_same(step, x, [*former.parameters(), *classifier.parameters()], backend="aot_eager")
 
 
 def test_functions_compile():

@@ -194,3 +194,17 @@ def test_rows_know_their_fork():
             skipped, half = rows.fork
             index = torch.arange(rows.count)
             assert torch.equal(mixed, index + index // rows.inner * skipped + half)
+
+
+@pytest.mark.parametrize("which", ["residual", "x", "weight", "bias"])
+@pytest.mark.parametrize("kind", ["slice", "every other", "expanded"])
+def test_strides(which, kind):
+    """Kernels read rows and parameters without gaps; what has gaps is copied."""
+    tensors = {name: torch.randn(6, 32, device=DEVICE) for name in ("x", "residual")}
+    tensors |= {name: torch.randn(32, device=DEVICE) for name in ("weight", "bias")}
+    shape = tensors[which].shape
+    wide = torch.randn(*shape[:-1], 64, device=DEVICE)
+    ways = {"slice": wide[..., 7:39], "every other": wide[..., ::2], "expanded": wide[..., :1].expand(shape)}
+    tensors[which] = ways[kind]
+    calls = [dropout_add_layer_norm(**tensors, dropout_p=0.5, eps=1e-5, seed=3, backend=b) for b in ("triton", "torch")]
+    torch.testing.assert_close(*calls)

@@ -314,3 +314,62 @@ def test_plain_and_forked_exclude_each_other():
         functional.encoder_layer(x[:5], *tensors, num_heads=4, forked=True)
     with pytest.raises(ValueError, match=r"plain must have shape \(6, 32\), got \(5, 32\)"):
         functional.encoder_layer(x, *tensors, num_heads=4, plain=x[:5])
+
+
+def test_a_plain_half_with_gaps():
+    x, tensors = features(6, (), 32), weights(32, 40)
+    plain = torch.randn(12, 64, device=DEVICE)[::2, 16:48]
+    calls = [functional.encoder_layer(x, *tensors, num_heads=4, plain=plain, backend=b) for b in ("triton", "torch")]
+    torch.testing.assert_close(*calls, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_with_gaps():
+    x, tensors = features(6, (), 32), weights(32, 40)
+    spread = []
+    for t in tensors:
+        wide = torch.randn(*t.shape[:-1], 2 * t.shape[-1], device=DEVICE)
+        wide[..., ::2] = t.detach()
+        spread.append(wide[..., ::2].requires_grad_())
+    with torch.autocast(DEVICE.type, torch.float16, enabled=False):
+        outs = [functional.encoder_layer(x, *spread, num_heads=4, backend=b) for b in ("triton", "torch")]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    for a, e in zip(*(torch.autograd.grad(out.sin().sum(), [x, *spread]) for out in outs), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_forked_layers_of_few_samples(samples, layers):
+    options = {"batch_dim": 1, "forked": True, "num_layers": layers, "device": DEVICE}
+    ours, theirs = (fastbf.BatchFormer(32, backend=b, **options) for b in ("triton", "torch"))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(10, 2 * samples, 32, device=DEVICE, requires_grad=True)
+    outs = []
+    for former in (ours, theirs):
+        torch.manual_seed(4)
+        outs.append(former(x))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    pairs = zip((ours, theirs), outs, strict=True)
+    grads = [torch.autograd.grad(out.sin().sum(), [x, *former.parameters()]) for former, out in pairs]
+    for a, e in zip(*grads, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_of_several_dtypes_under_autocast():
+    """What one parameter's dtype is has no say in another's gradient."""
+    x, tensors = features(40, (), 32), weights(32, 40)
+    mixed = [tensors[0].detach().bfloat16().requires_grad_(), *tensors[1:]]
+    exact = [t.detach().double().requires_grad_() for t in mixed]
+    grad = torch.randn(40, 32, device=DEVICE)
+
+    def run(parameters, backend, x):
+        out = functional.encoder_layer(x, *parameters, num_heads=4, backend=backend)
+        return torch.autograd.grad(out, parameters, grad.to(out.dtype))
+
+    truth = run(exact, "torch", x.detach().double())
+    with torch.autocast(DEVICE.type, torch.float16):
+        ours, eager = (run(mixed, backend, x.detach()) for backend in ("triton", "torch"))
+    for name, o, e, t in zip(LayerWeights._fields, ours, eager, truth, strict=True):
+        assert o.dtype == e.dtype, name
+        limit = 2 * (e.double() - t).norm() + torch.finfo(torch.float16).eps * t.norm()
+        assert (o.double() - t).norm() <= limit, name

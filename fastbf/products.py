@@ -1,0 +1,23 @@
+"""The matrix products between kernels, on plain tensors of one dtype; by cuBLAS on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x · weightᵀ + bias."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dyᵀ x in ``dtype``, which the product itself rounds to where the device can do that."""
+    if dtype == dy.dtype:
+        return torch.mm(dy.t(), x)
+    if dy.is_cuda and dtype == torch.float32:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return torch.mm(dy.t().to(dtype), x.to(dtype))

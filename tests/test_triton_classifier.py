@@ -1,0 +1,224 @@
+"""The classifier's kernels against fp64: in Triton's interpreter on a CPU, compiled where there is a GPU."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbf
+from fastbf import autograd, chunked_classifier
+from fastbf.classifier import Head
+from fastbf.functional import linear_cross_entropy
+from tests.exact import assert_as_exact, doubled, results
+from tests.triton_case import DEVICE, DTYPES
+
+N, C = 11, 9
+
+
+def case(k, forked=True, dtype=torch.float32, ignored=(), n=N):
+    tensors = [torch.randn(shape, device=DEVICE) for shape in ((n * (2 if forked else 1), C), (k, C), (k,))]
+    y = torch.randint(0, k, (n,), device=DEVICE)
+    for i in ignored:
+        y[i] = -100
+    return [t.to(dtype).requires_grad_() for t in tensors], y
+
+
+def written_out(x, w, b, y, logit_bias=None, scale=1.0, weight=None, **options):
+    logits = F.linear(x, w, b) * scale
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    y = y if x.shape[0] == y.shape[0] else torch.cat([y, y])
+    return F.cross_entropy(logits, y, None if weight is None else weight.to(logits.dtype), **options)
+
+
+def check(tensors, y, **options):
+    """Loss and all gradients, by the rule of ``assert_as_exact``; ``logit_bias`` is the last of the tensors."""
+
+    def ours(x, w, b, logit_bias):
+        call = {"linear_bias": b, "logit_bias": logit_bias, "backend": "triton", **options}
+        return linear_cross_entropy(x, w, y, **call)
+
+    def eager(x, w, b, logit_bias):
+        return written_out(x, w, b, y, logit_bias, **options)
+
+    grad = torch.rand_like(eager(*tensors).detach())
+    exact = results(eager, doubled(tensors), grad.double())
+    found, theirs = results(ours, tensors, grad), results(eager, tensors, grad)
+    assert_as_exact(found, theirs, exact, torch.finfo(tensors[0].dtype).eps)
+
+
+def option_cases():
+    """Every pair of options meets; the number of classes goes through one tile, a part of one, and several."""
+    turns = zip(
+        itertools.product([False, True], [None, "weight"], [0.0, 0.1], [None, "logit_bias"], ["mean", "sum", "none"]),
+        itertools.cycle((7, 101, 2, 33, 5000)),
+        itertools.cycle((1.0, 12.5)),
+        itertools.cycle(DTYPES),
+    )
+    for (forked, weight, smoothing, bias, reduction), k, scale, dtype in turns:
+        yield forked, weight, smoothing, bias, reduction, k, scale, dtype
+
+
+@pytest.mark.parametrize(
+    ("forked", "weight", "smoothing", "bias", "reduction", "k", "scale", "dtype"), list(option_cases())
+)
+def test_options(forked, weight, smoothing, bias, reduction, k, scale, dtype, guards):
+    tensors, y = case(k, forked, dtype, ignored=(2, 5))
+    weight = torch.rand(k, device=DEVICE) if weight else None
+    logit_bias = torch.randn(k, device=DEVICE).to(dtype).requires_grad_() if bias else None
+    check([*tensors, logit_bias], y, weight=weight, label_smoothing=smoothing, reduction=reduction, scale=scale)
+
+
+@pytest.mark.parametrize("n", [1, 2, 33, 300])
+@pytest.mark.parametrize("k", [1, 2, 1000, 8142])
+def test_sizes(n, k):
+    tensors, y = case(k, n=n if k < 1000 else min(n, 33))
+    check([*tensors, None], y)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
+def test_gradients_of_any_subset(needs):
+    tensors, y = case(7)
+    tensors.append(torch.randn(7, device=DEVICE))
+    for t, need in zip(tensors, needs, strict=True):
+        t.requires_grad_(need)
+    wanted = [t for t in tensors if t.requires_grad]
+    x, w, b, logit_bias = tensors
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=logit_bias, backend="triton")
+    assert loss.requires_grad == any(needs)
+    if wanted:
+        expected = torch.autograd.grad(written_out(x, w, b, y, logit_bias), wanted)
+        for a, e in zip(torch.autograd.grad(loss, wanted, retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+        first, again = (torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_ignored(smoothing, reduction):
+    tensors, y = case(7, ignored=range(N))
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    ours = linear_cross_entropy(*tensors[:2], y, linear_bias=tensors[2], backend="triton", **options)
+    theirs = written_out(*tensors, y, **options)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    for a, e in zip(*(torch.autograd.grad(out.sum(), tensors) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [7, 5000])
+@pytest.mark.parametrize("off", [slice(0, 1), slice(-1, None), slice(0, 4)])
+def test_classes_switched_off(k, off):
+    """A whole tile of them as well."""
+    tensors, y = case(k)
+    off = slice(0, 3000) if off == slice(0, 4) and k > 3000 else off
+    bias = torch.zeros(k, device=DEVICE)
+    bias[off] = -torch.inf
+    y[:] = k - 2
+    check([*tensors, bias], y)
+    y[0] = torch.arange(k, device=DEVICE)[off][0]
+    assert linear_cross_entropy(*tensors[:2], y, logit_bias=bias, backend="triton") == torch.inf
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, torch.inf, torch.nan])
+def test_extreme_inputs(value):
+    (x, w, b), y = case(7)
+    with torch.no_grad():
+        x[1] *= value
+    ours, theirs = linear_cross_entropy(x, w, y, linear_bias=b, backend="triton"), written_out(x, w, b, y)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    for a, e in zip(*(torch.autograd.grad(out, (x, w, b)) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_out_of_range_is_not_read_and_shows():
+    (x, w, b), y = case(7)
+    y[3] = 10**12
+    head = Head(2, "none", 1.0, -100, 0.0, True, torch.float32, torch.float32)
+    loss, _ = autograd.linear_cross_entropy(x, w, y, bias=b, weight=None, logit_bias=None, head=head)
+    bad = torch.zeros(2 * N, dtype=torch.bool, device=DEVICE)
+    bad[[3, N + 3]] = True
+    assert torch.equal(loss.isnan(), bad)
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.equal(dx.isnan().all(1), bad)
+    assert dx[~bad].isfinite().all()
+
+
+def test_statistics():
+    (x, w, b), y = case(7, ignored=(1,))
+    weight = torch.rand(7, device=DEVICE)
+    calls = [
+        linear_cross_entropy(x, w, y, linear_bias=b, weight=weight, stats=True, backend=backend)
+        for backend in ("triton", "torch")
+    ]
+    for ours, theirs in zip(*((loss, *stats) for loss, stats in calls), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not calls[0][1].loss.requires_grad
+
+
+def test_the_first_of_equal_logits_counts():
+    x, w = torch.ones(2, 1, device=DEVICE), torch.tensor([[1.0], [3.0], [3.0]], device=DEVICE)
+    for y, right in ((1, 1.0), (2, 0.0)):
+        target = torch.full((2,), y, device=DEVICE)
+        assert linear_cross_entropy(x, w, target, stats=True, backend="triton")[1].accuracy == right
+
+
+def test_strides():
+    x = torch.randn(C, 2 * N, 5, device=DEVICE, requires_grad=True)
+    w = torch.randn(C, 7, device=DEVICE, requires_grad=True)
+    logit_bias = torch.randn(7, 2, device=DEVICE)[:, 0]
+    y = torch.randint(0, 7, (5, N), device=DEVICE).T
+    calls = [
+        linear_cross_entropy(x.movedim(0, -1), w.T, y, logit_bias=logit_bias, reduction="none", backend=backend)
+        for backend in ("triton", "torch")
+    ]
+    assert calls[0].shape == (2 * N, 5)
+    torch.testing.assert_close(*calls)
+    grad = torch.rand(5, 2 * N, device=DEVICE).T
+    for a, e in zip(*(torch.autograd.grad(out, (x, w), grad) for out in calls), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]])
+def test_autocast(dtype):
+    """The dtypes of eager PyTorch, and gradients of fp32 parameters that were not rounded to 16 bits on the way."""
+    (x, w, b), y = case(7)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        ours = linear_cross_entropy(x, w, y, linear_bias=b, backend="triton")
+        theirs = written_out(x, w, b, y)
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    for a, e in zip(*(torch.autograd.grad(out, (x, w, b)) for out in (ours, theirs)), strict=True):
+        assert a.dtype == e.dtype
+        assert (a - e).norm() <= 0.02 * e.norm()
+
+
+def test_what_the_kernels_leave_to_pytorch(monkeypatch):
+    (x, w, _), y = case(7)
+    probabilities = torch.rand(N, 7, device=DEVICE)
+    for target, options, reason in (
+        (probabilities, {}, "the target holds probabilities"),
+        (y, {"weight": torch.rand(7, device=DEVICE, requires_grad=True)}, "give class weights no gradient"),
+        (y, {"logit_bias": torch.rand(7, device=DEVICE).double()}, "logit_bias is fp64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            linear_cross_entropy(x, w, target, backend="triton", **options)
+    assert linear_cross_entropy(x, w, probabilities).isfinite()
+    monkeypatch.setattr(chunked_classifier, "KEEP_LOGITS_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 1 GiB"):
+        linear_cross_entropy(x, w, y, backend="triton")
+
+
+def test_shared_classifier():
+    counts, weight = torch.tensor([100, 50, 20, 10, 5, 2, 1]), torch.rand(7)
+    module = fastbf.SharedClassifier(
+        C, 7, class_counts=counts, class_weight=weight, label_smoothing=0.1, scale=3.0, device=DEVICE, backend="triton"
+    )
+    (x, _, _), y = case(7)
+    assert fastbf.explain(module, x).backend == "triton"
+    losses = []
+    for module.backend in ("triton", "torch"):
+        losses.append([module.loss(x, y), *torch.autograd.grad(module.loss(x, y), (x, *module.parameters()))])
+    for a, e in zip(*losses, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
