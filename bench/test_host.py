@@ -10,10 +10,12 @@ from torch import nn
 
 import fastbf
 from bench.stub import stub_gpu
+from fastbf import checks
 from fastbf.kernels import add_norm
 from fastbf.kernels.rows import Rows
+from tests import paper
 
-N, C = 16, 32
+N, C, K = 16, 32, 10
 
 
 @pytest.fixture
@@ -45,28 +47,30 @@ def _through_triton(kernel, programs, device, tensors, numbers, constants):
 
 
 def _fastbf():
-    former = fastbf.BatchFormer(C, backend="triton")
-    return former, list(former.parameters())
+    former, classifier = fastbf.BatchFormer(C, backend="triton"), fastbf.SharedClassifier(C, K, backend="triton")
+    return lambda x, y: classifier.loss(former(x), y), [former, classifier]
 
 
 def _eager():
-    layer = nn.TransformerEncoderLayer(C, 4, C, 0.5)
-    return lambda x: torch.cat([x, layer(x[:, None])[:, 0]]), list(layer.parameters())
+    layer, linear = nn.TransformerEncoderLayer(C, 4, C, 0.5), nn.Linear(C, K)
+    return lambda x, y: paper.step(layer, linear, x, y), [layer, linear]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("provider", [_eager, _fastbf], ids=["eager", "fastbf"])
-def test_step(benchmark, gpu, provider, dtype):
-    """Layer and fork, forward and backward."""
-    function, parameters = provider()
-    x, grad = torch.randn(N, C, requires_grad=True), torch.randn(2 * N, C)
+def test_step(benchmark, gpu, monkeypatch, provider, dtype):
+    """Layer, fork, classifier and loss, forward and backward."""
+    monkeypatch.setattr(checks, "class_indices", lambda *_: None)  # looked at on a CPU only
+    function, modules = provider()
+    tensors = [torch.randn(N, C, requires_grad=True), *(p for m in modules for p in m.parameters())]
+    y = torch.arange(N) % K
 
     def step():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out = function(x)
-        torch.autograd.grad(out, [x, *parameters], grad)
+            loss = function(tensors[0], y)
+        torch.autograd.grad(loss, tensors)
 
-    benchmark.group = f"layer and fork, {dtype}"
+    benchmark.group = f"a training step, {dtype}"
     step()
     gpu.launches = 0
     step()

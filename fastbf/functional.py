@@ -48,10 +48,6 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _is_given(t: Tensor | None) -> bool:
-    return t is not None
-
-
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts what a GEMM reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
     dtype = autocast_dtype(x)
@@ -309,25 +305,16 @@ def encoder_layer(
     checks.min_rank("x", x, 2, "(N, …, C)")
     channels = x.shape[-1]
     checks.heads("the width of x", channels, "num_heads", num_heads)
-    checks.min_rank("linear1_weight", checks.tensor("linear1_weight", linear1_weight), 2, "(F, C)")
-    width = linear1_weight.shape[0]
-    shapes = (3 * channels, channels, width, channels, channels, channels)
-    for i, rows in enumerate(shapes):
-        name, (w, b) = reference.LayerWeights._fields[2 * i], weights[2 * i : 2 * i + 2]
-        columns = () if name.startswith("norm") else (width if name == "linear2_weight" else channels,)
-        checks.shape(name, checks.floating(name, w), (rows, *columns))
-        checks.shape(reference.LayerWeights._fields[2 * i + 1], b, (rows,))
-    checks.same_device("x", x, {**weights._asdict(), "plain": plain})
+    _check_weights(x, weights)
+    checks.same_device("x", x, {"plain": plain})
     checks.shape("plain", plain, tuple(x.shape))
     if forked and (plain is not None or x.shape[0] % 2):
         given = "plain as well" if plain is not None else f"{x.shape[0]} samples"
         raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
-    if autocast_dtype(x) is None:
-        checks.same_dtype("x", x, {k: w for k, w in weights._asdict().items() if not k.startswith("norm")})
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    choice = choose(backend, "encoder_layer", x, *filter(_is_given, weights), head_dim=channels // num_heads)
+    choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
     seed = _as_seed(seed, p, x.device)
     options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps}
     options |= {"p": p, "seed": seed, "plain": plain, "forked": forked}
@@ -337,6 +324,36 @@ def encoder_layer(
     from fastbf import autograd
 
     return _on_kernels("encoder_layer", x, backend, partial(autograd.encoder_layer, x, weights, **options), in_torch)
+
+
+# What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.
+_sound: set[tuple] = set()
+
+
+def _check_weights(x: Tensor, weights: reference.LayerWeights) -> None:
+    dtype = None if autocast_dtype(x) else x.dtype
+    facts = None
+    if not torch.compiler.is_compiling() and all(w is None or isinstance(w, Tensor) for w in weights):
+        facts = (x.shape[-1], x.device, dtype, *[w if w is None else (w.shape, w.dtype, w.device) for w in weights])
+        if facts in _sound:
+            return
+    channels, fields = x.shape[-1], weights._asdict()
+    checks.min_rank("linear1_weight", checks.tensor("linear1_weight", weights.linear1_weight), 2, "(F, C)")
+    width = weights.linear1_weight.shape[0]
+    for name, rows in zip(
+        ("in_proj", "out_proj", "linear1", "linear2", "norm1", "norm2"),
+        (3 * channels, channels, width, channels, channels, channels),
+        strict=True,
+    ):
+        columns = () if name.startswith("norm") else (width if name == "linear2" else channels,)
+        weight, bias = f"{name}_weight", f"{name}_bias"
+        checks.shape(weight, checks.floating(weight, fields[weight]), (rows, *columns))
+        checks.shape(bias, fields[bias], (rows,))
+    checks.same_device("x", x, fields)
+    if dtype is not None:
+        checks.same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
+    if facts is not None:
+        _sound.add(facts)
 
 
 def _encoder_layer_in_torch(

@@ -123,32 +123,34 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
     def parent_reason(self, src: Tensor | None = None) -> str | None:
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
-        attention, norms = self.self_attn, (self.norm1, self.norm2)
-        dropouts = (self.dropout, self.dropout1, self.dropout2)
-        kinds = {
-            nn.MultiheadAttention: (attention,),
-            nn.Linear: (self.linear1, self.linear2),
-            nn.LayerNorm: norms,
-            nn.Dropout: dropouts,
-        }
+        inside, activation = self._modules, self.activation  # a tenth of what attributes cost the host
+        attention, dropout, norm1, norm2 = inside["self_attn"], inside["dropout"], inside["norm1"], inside["norm2"]
+        linear1, linear2, dropout1, dropout2 = (inside[n] for n in ("linear1", "linear2", "dropout1", "dropout2"))
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
-        if _activation_name(self.activation) is None:
+        if _activation_name(activation) is None:
             return "the activation is neither relu nor exact gelu."
-        if any(type(m) is not kind for kind, group in kinds.items() for m in group):
-            return "a module inside the layer was replaced."
-        called = (attention, attention.out_proj, self.linear1, self.linear2, *norms, *dropouts)
-        if any(map(_is_altered, called)) or (isinstance(self.activation, nn.Module) and _is_altered(self.activation)):
+        for m, kind in (
+            (attention, nn.MultiheadAttention), (linear1, nn.Linear), (linear2, nn.Linear), (norm1, nn.LayerNorm),
+            (norm2, nn.LayerNorm), (dropout, nn.Dropout), (dropout1, nn.Dropout), (dropout2, nn.Dropout),
+        ):  # fmt: skip
+            if type(m) is not kind:
+                return "a module inside the layer was replaced."
+            if _is_altered(m):
+                return "a module inside the layer has hooks, or a forward of its own."
+        if _is_altered(attention._modules["out_proj"]) or (
+            isinstance(activation, nn.Module) and _is_altered(activation)
+        ):
             return "a module inside the layer has hooks, or a forward of its own."
         if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
             return "the attention has extra keys or other widths for them."
-        if not all(norm.elementwise_affine for norm in norms):
+        if not (norm1.elementwise_affine and norm2.elementwise_affine):
             return "a norm of the layer has no weight."
-        if {self.self_attn.dropout, *(d.p for d in dropouts)} != {self.dropout.p}:
+        if not attention.dropout == dropout.p == dropout1.p == dropout2.p:
             return "the layer's dropouts have different rates."
-        if {m.training for m in (self.self_attn, *dropouts)} != {self.training}:
+        if not self.training == attention.training == dropout.training == dropout1.training == dropout2.training:
             return "parts of the layer are in another mode than the layer."
-        if self.norm1.eps != self.norm2.eps:
+        if norm1.eps != norm2.eps:
             return "the layer's norms have different eps."
         return None
 

@@ -1,7 +1,5 @@
 """What every launcher shares: the launch itself, and the arguments that dropout adds to a kernel."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
@@ -32,23 +30,28 @@ def launch(
     Raises:
         BuildError: the kernel's first launch with such arguments failed.
     """
-    here = device.index is None or device.index == torch.cuda.current_device()
-    with nullcontext() if here else torch.cuda.device(device):
-        if not isinstance(kernel, JITFunction):  # Triton's interpreter
-            kernel[(programs,)](*tensors, *numbers, **constants)
-            return
-        pointers = tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        key = (kernel.fn, device, pointers, *constants.values())
-        found = _compiled.get(key)
-        if found is None:
-            try:
-                compiled = kernel[(programs,)](*tensors, *numbers, **constants)
-            except Exception as error:  # Triton's own, a compiler's, a driver's
-                raise BuildError(f"{kernel.fn.__name__}: {type(error).__name__}: {error}") from error
-            _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
-        else:
-            compiled, values = found
-            compiled[(programs, 1, 1)](*tensors, *numbers, *values)
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, device, tensors, numbers, constants)
+        return
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+        kernel[(programs,)](*tensors, *numbers, **constants)
+        return
+    addresses = 0
+    for t in tensors:
+        addresses |= t.data_ptr()
+    aligned = addresses % 16 == 0 or tuple([t.data_ptr() % 16 == 0 for t in tensors])
+    key = (kernel.fn, device, aligned, *[t.dtype for t in tensors], *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        try:
+            compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+        except Exception as error:  # Triton's own, a compiler's, a driver's
+            raise BuildError(f"{kernel.fn.__name__}: {type(error).__name__}: {error}") from error
+        _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+    else:
+        compiled, values = found
+        compiled[(programs, 1, 1)](*tensors, *numbers, *values)
 
 
 def cdiv(a: int, b: int) -> int:
