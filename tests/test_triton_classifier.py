@@ -157,11 +157,15 @@ def test_statistics():
     assert not calls[0][1].loss.requires_grad
 
 
-def test_the_first_of_equal_logits_counts():
-    x, w = torch.ones(2, 1, device=DEVICE), torch.tensor([[1.0], [3.0], [3.0]], device=DEVICE)
-    for y, right in ((1, 1.0), (2, 0.0)):
+@pytest.mark.parametrize("others", [(1, 2), (1, 4999)])
+def test_the_first_of_equal_logits_counts(others):
+    """In one tile, and in two."""
+    w = torch.zeros(5000, 1, device=DEVICE)
+    w[list(others)] = 3.0
+    for y, right in zip(others, (1.0, 0.0), strict=True):
         target = torch.full((2,), y, device=DEVICE)
-        assert linear_cross_entropy(x, w, target, stats=True, backend="triton")[1].accuracy == right
+        call = linear_cross_entropy(torch.ones(2, 1, device=DEVICE), w, target, stats=True, backend="triton")
+        assert call[1].accuracy == right
 
 
 def test_strides():
