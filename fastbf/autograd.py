@@ -136,8 +136,7 @@ class _EncoderLayer(Function):
             factors = cast_factors(saved.cast, ctx.width, factors.norm1, factors.norm2)
         d_out = d_out.contiguous()
         wanted = Wanted(needs[0], *needs[4:])
-        # Of the products' gradients, which those of parameters in other dtypes are rounded from.
-        dtype = ctx.dtypes[0] if ctx.dtypes[0] == torch.float32 else layer.compute
+        dtype = _product_dtype(ctx.dtypes[0], layer.compute)
         found = {"plain": layer.plain(d_out).to(ctx.plain_dtype) if needs[1] else None}
         if any(wanted):
             grads = ops.encoder_gradients(d_out, x, saved._replace(cast=None), factors, seed, layer, wanted, dtype)
@@ -175,12 +174,17 @@ class _Classifier(Function):
         wanted = classifier.Wanted(*ctx.needs_input_grad[:4])
         x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
         scale = ctx.head.scale
-        grads = ops.classifier_gradients(
-            grad.contiguous(), *ctx.saved_tensors, ctx.head, wanted, (x_dtype, matrix_dtype)
-        )  # fmt: skip
+        product_dtypes = x_dtype, _product_dtype(matrix_dtype, ctx.head.compute)
+        grads = ops.classifier_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.head, wanted, product_dtypes)
+        d_matrix = grads.matrix.to(matrix_dtype) if wanted.matrix else None
         d_bias = (grads.sums if scale == 1 else grads.sums * scale).to(bias_dtype) if wanted.bias else None
         d_logit_bias = grads.sums.to(logit_bias_dtype) if wanted.logit_bias else None
-        return grads.x, grads.matrix, d_bias, d_logit_bias, None, None, None
+        return grads.x, d_matrix, d_bias, d_logit_bias, None, None, None
+
+
+def _product_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """In which dtype the gradient of a weight of ``dtype`` leaves its product; it is rounded to others after that."""
+    return torch.float32 if dtype == torch.float32 else compute
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:

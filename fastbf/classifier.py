@@ -119,7 +119,7 @@ class Gradients(NamedTuple):
     """What backward gives, None where it is not wanted."""
 
     x: Tensor | None  #: in x's dtype
-    matrix: Tensor | None  #: in the weight's dtype
+    matrix: Tensor | None  #: in fp32 or the products' dtype
     sums: Tensor | None  #: fp32 (K,): of the logits' gradient, over rows
 
 
@@ -136,7 +136,7 @@ def backward(
         z, of_rows, total: as forward left them.
         target, weight, logit_bias, head: as in forward.
         wanted: which gradients; at least one.
-        dtypes: of x's gradient and of the weight's.
+        dtypes: of x's gradient, and of the weight's, fp32 or that of the products.
     """
     dz = torch.empty_like(z)
     partials = None

@@ -15,9 +15,9 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dyᵀ x in ``dtype``, which the product itself rounds to where the device can do that."""
+    """dyᵀ x in ``dtype``, fp32 or that of dy and x; the product itself gives it where the device can do that."""
     if dtype == dy.dtype:
         return torch.mm(dy.t(), x)
-    if dy.is_cuda and dtype == torch.float32:
+    if dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return torch.mm(dy.t().to(dtype), x.to(dtype))

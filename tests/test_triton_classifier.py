@@ -185,9 +185,11 @@ def test_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]])
-def test_autocast(dtype):
-    """The dtypes of eager PyTorch, and gradients of fp32 parameters that were not rounded to 16 bits on the way."""
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_autocast(dtype, weight_dtype):
+    """The dtypes of eager PyTorch, whatever the parameters'."""
     (x, w, b), y = case(7)
+    w = w.detach().to(weight_dtype).requires_grad_()
     with torch.autocast(DEVICE.type, dtype=dtype):
         ours = linear_cross_entropy(x, w, y, linear_bias=b, backend="triton")
         theirs = written_out(x, w, b, y)
