@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import classifier, ops
+from fastbf.chunks import loss_dtype
 from fastbf.classifier import Head
 from fastbf.context import autocast_dtype, norm_dtype
 from fastbf.dropout import threshold
@@ -233,12 +234,12 @@ def _back(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
     return matrix.view(rows.positions, -1, shape[-1]).transpose(0, 1).reshape(-1, *shape[1:])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
+def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D) of one dtype → q's shape."""
     return _Attention.apply(*_distinct(q, k, v), seed, scale, threshold(p))
 
 
-def add_layer_norm(
+def dropout_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *, p: float, eps: float, seed: Tensor | None
 ) -> Tensor:
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
@@ -280,10 +281,17 @@ def encoder_layer(
 
 
 def linear_cross_entropy(
-    x: Tensor, matrix: Tensor, target: Tensor, *, bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None,
-    head: Head,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss, () or (M,), and fp32 (2, streams), each stream's loss and accuracy. x (M, C), target (N,)."""
-    x, target, weight, logit_bias = _dense(x, target, weight, logit_bias)
-    x, matrix, bias, logit_bias = _distinct(x, matrix, bias, logit_bias)
-    return _Classifier.apply(x, matrix, bias, logit_bias, target, weight, head)
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
+    logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
+    stats: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The loss, and each stream's loss and accuracy, anything without ``stats``. Class indices only."""
+    compute = autocast_dtype(input)
+    head = Head(
+        2 if forked else 1, reduction, scale, ignore_index, label_smoothing, stats, compute or input.dtype,
+        torch.float32 if compute else loss_dtype(input.dtype, logit_bias),
+    )  # fmt: skip
+    x, target, weight, logit_bias = _dense(input.flatten(0, -2), target.flatten(), weight, logit_bias)
+    x, linear_weight, linear_bias, logit_bias = _distinct(x, linear_weight, linear_bias, logit_bias)
+    loss, of_streams = _Classifier.apply(x, linear_weight, linear_bias, logit_bias, target, weight, head)
+    return loss.view(input.shape[:-1] if reduction == "none" else ()), of_streams.unbind()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # Bytes of scores, or of logits, worked on at a time. On CPU such a chunk stays in the outer caches (measured for
 # attention at N = 4096, C = 512: 4 to 16 MiB are within 5% of each other, 32 MiB and more take 1.5 times as long); on
@@ -19,3 +20,8 @@ def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and statistics are kept in fp32, or in fp64 for fp64 inputs (DESIGN section 5)."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def loss_dtype(dtype: torch.dtype, logit_bias: Tensor | None) -> torch.dtype:
+    """The dtype that eager PyTorch's cross-entropy gives without autocast, for products of ``dtype``."""
+    return dtype if logit_bias is None else torch.promote_types(dtype, logit_bias.dtype)

@@ -20,6 +20,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts what a matrix product reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return x, *others
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype that ``F.layer_norm`` gives on x's device for an input of ``dtype``: autocast on CUDA makes it fp32."""
     return torch.float32 if x.device.type == "cuda" and autocast_dtype(x) is not None else dtype

@@ -11,22 +11,18 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import checks, chunked_attention, chunked_classifier, gemm, reference
-from fastbf.backend import choose, give_up
-from fastbf.chunks import compute_dtype
-from fastbf.context import autocast_dtype, traced
-from fastbf.dropout import Dropout, Site, attention_mask, draw_seed, elementwise_mask
+from fastbf import checks, chunked_classifier, reference, torch_backend
+from fastbf.backend import Choice, choose, give_up
+from fastbf.context import autocast, autocast_dtype
+from fastbf.dropout import draw_seed
 
 ACTIVATIONS = ("relu", "gelu")
-T = TypeVar("T")
 
 
 class LossStats(NamedTuple):
@@ -48,43 +44,25 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tenso
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts what a GEMM reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return x, *others
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+def _run(op: str, choice: Choice, backend: str, *args: Any, **options: Any) -> Any:
+    """``op`` by the chosen backend: each has a function of its name, with the same parameters.
 
-
-def _on_kernels(op: str, x: Tensor, backend: str, kernels: Callable[[], T], fallback: Callable[[], T]) -> T:
-    """What ``kernels`` gives; where one of them cannot be built, "auto" takes the fallback from then on."""
-    if backend == "triton" or torch.compiler.is_compiling():
-        return kernels()
+    Where a kernel cannot be built, "auto" takes PyTorch from then on.
+    """
+    in_torch = partial(getattr(torch_backend, op), *args, **options)
+    if choice.backend == "torch":
+        return in_torch()
+    from fastbf import autograd
     from fastbf.kernels.launch import BuildError
 
+    on_kernels = partial(getattr(autograd, op), *args, **options)
+    if backend == "triton" or torch.compiler.is_compiling():
+        return on_kernels()
     try:
-        return kernels()
+        return on_kernels()
     except BuildError as error:
-        give_up(op, x.device, error)
-        return fallback()
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """Attention in PyTorch by what is quickest: SDPA without dropout, else chunks."""
-    if q.numel() == 0 or k.numel() == 0:
-        return reference.attention(q, k, v, scale=scale)
-    if p == 0:
-        batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
-        o = F.scaled_dot_product_attention(*batch, scale=scale)
-        return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
-    if traced():
-        mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
-        return reference.attention(q, k, v, scale=scale, mask=mask)
-    return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed)
-
-
-def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor) -> Tensor | None:
-    return None if p == 0 or x.numel() == 0 else elementwise_mask(Dropout(p, seed, x.dtype), site, x)
+        give_up(op, args[0].device, error)
+        return in_torch()
 
 
 def batch_attention(
@@ -132,14 +110,9 @@ def batch_attention(
     checks.shape("v", v, tuple(k.shape))
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "batch_attention", q, k, v)
-    q, k, v = _autocast(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
-    call = partial(_attend, q, k, v, scale=scale, p=p, seed=_as_seed(seed, p, q.device))
-    if choice.backend == "torch":
-        return call()
-    from fastbf import autograd
-
-    return _on_kernels("batch_attention", q, backend, partial(autograd.attention, *call.args, **call.keywords), call)
+    seed = _as_seed(seed, p, q.device)
+    return _run("batch_attention", choice, backend, *autocast(q, k, v), scale=scale, p=p, seed=seed)
 
 
 def dropout_add_layer_norm(
@@ -183,17 +156,7 @@ def dropout_add_layer_norm(
     eps = checks.finite("eps", eps)
     choice = choose(backend, "dropout_add_layer_norm", x, residual)
     seed = _as_seed(seed, p, x.device)
-
-    def in_torch() -> Tensor:
-        mask = _mask(p, seed, Site.ATTENTION_OUTPUT, x)
-        return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
-
-    if choice.backend == "torch":
-        return in_torch()
-    from fastbf import autograd
-
-    kernels = partial(autograd.add_layer_norm, x, residual, weight, bias, p=p, eps=eps, seed=seed)
-    return _on_kernels("dropout_add_layer_norm", x, backend, kernels, in_torch)
+    return _run("dropout_add_layer_norm", choice, backend, x, residual, weight, bias, p=p, eps=eps, seed=seed)
 
 
 def activation_dropout(
@@ -226,17 +189,7 @@ def activation_dropout(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "activation_dropout", x)
-    seed = _as_seed(seed, p, x.device)
-
-    def in_torch() -> Tensor:
-        return reference.activation_dropout(x, activation, mask=_mask(p, seed, Site.ACTIVATION, x))
-
-    if choice.backend == "torch":
-        return in_torch()
-    from fastbf import autograd
-
-    kernels = partial(autograd.activation_dropout, x, activation, p=p, seed=seed)
-    return _on_kernels("activation_dropout", x, backend, kernels, in_torch)
+    return _run("activation_dropout", choice, backend, x, activation, p=p, seed=_as_seed(seed, p, x.device))
 
 
 def encoder_layer(
@@ -315,15 +268,10 @@ def encoder_layer(
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
     choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
-    seed = _as_seed(seed, p, x.device)
-    options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps}
-    options |= {"p": p, "seed": seed, "plain": plain, "forked": forked}
-    in_torch = partial(_encoder_layer_in_torch, x, weights, **options)
-    if choice.backend == "torch":
-        return in_torch()
-    from fastbf import autograd
-
-    return _on_kernels("encoder_layer", x, backend, partial(autograd.encoder_layer, x, weights, **options), in_torch)
+    return _run(
+        "encoder_layer", choice, backend, x, weights, num_heads=num_heads, activation=activation,
+        norm_first=norm_first, eps=eps, p=p, seed=_as_seed(seed, p, x.device), plain=plain, forked=forked,
+    )  # fmt: skip
 
 
 # What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.
@@ -354,31 +302,6 @@ def _check_weights(x: Tensor, weights: reference.LayerWeights) -> None:
         checks.same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
     if facts is not None:
         _sound.add(facts)
-
-
-def _encoder_layer_in_torch(
-    x: Tensor, weights: reference.LayerWeights, *, p: float, seed: Tensor | None, plain: Tensor | None, forked: bool,
-    **options: object,
-) -> Tensor:  # fmt: skip
-    if forked:
-        plain, x = x.chunk(2)
-    width = weights.linear1_weight.shape[0]
-    hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
-    output = hidden[..., :1].expand(x.shape)
-    masks = reference.LayerMasks(
-        attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
-        activation=_mask(p, seed, Site.ACTIVATION, hidden),
-        feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
-    )
-
-    def self_attention(qkv: Tensor, num_heads: int, *, mask: None) -> Tensor:
-        q, k, v = reference.split_qkv(qkv, num_heads)
-        return _attend(q, k, v, scale=q.shape[-1] ** -0.5, p=p, seed=seed)
-
-    mixed = reference.encoder_layer(
-        x, weights, masks=masks, self_attention=self_attention, linear=gemm.linear, **options
-    )
-    return mixed if plain is None else torch.cat([plain, mixed])
 
 
 def linear_cross_entropy(
@@ -455,16 +378,12 @@ def linear_cross_entropy(
     obstacle = _classifier_obstacle(input, target, num_classes, weight, logit_bias)
     choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
-    tensors = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
-    options = {"scale": scale, "reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    call = (input, linear_weight, target, tensors, options, forked, stats)
-    in_torch = partial(_linear_cross_entropy_in_torch, *call)
-    if choice.backend == "torch":
-        loss, of_streams = in_torch()
-    else:
-        kernels = partial(_linear_cross_entropy_on_kernels, *call)
-        loss, of_streams = _on_kernels("linear_cross_entropy", input, backend, kernels, in_torch)
-    return (loss, of_streams) if stats else loss
+    loss, of_streams = _run(
+        "linear_cross_entropy", choice, backend, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+        logit_bias=logit_bias, scale=scale, reduction=reduction, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, forked=forked, stats=stats,
+    )  # fmt: skip
+    return (loss, LossStats(*of_streams)) if stats else loss
 
 
 def _classifier_obstacle(
@@ -481,62 +400,3 @@ def _classifier_obstacle(
     if rows * num_classes * itemsize > chunked_classifier.KEEP_LOGITS_BYTES:
         return "the logits take more than 1 GiB, which the torch backend works through in chunks."
     return None
-
-
-def _linear_cross_entropy_on_kernels(
-    input: Tensor, linear_weight: Tensor, target: Tensor, tensors: dict[str, Tensor | None], options: dict[str, Any],
-    forked: bool, stats: bool,
-) -> tuple[Tensor, LossStats]:  # fmt: skip
-    from fastbf import autograd
-    from fastbf.classifier import Head
-
-    compute = autocast_dtype(input)
-    head = Head(
-        2 if forked else 1, options["reduction"], options["scale"], options["ignore_index"], options["label_smoothing"],
-        stats, compute or input.dtype, torch.float32 if compute else _eager_dtype(input, tensors["logit_bias"]),
-    )  # fmt: skip
-    loss, of_streams = autograd.linear_cross_entropy(
-        input.flatten(0, -2), linear_weight, target.flatten(), bias=tensors["linear_bias"], weight=tensors["weight"],
-        logit_bias=tensors["logit_bias"], head=head,
-    )  # fmt: skip
-    return loss.view(input.shape[:-1] if head.reduction == "none" else ()), LossStats(*of_streams.unbind())
-
-
-def _linear_cross_entropy_in_torch(
-    input: Tensor, linear_weight: Tensor, target: Tensor, tensors: dict[str, Tensor | None], options: dict[str, Any],
-    forked: bool, stats: bool,
-) -> tuple[Tensor, LossStats | None]:  # fmt: skip
-    rows, num_classes = input.shape[:-1], linear_weight.shape[0]
-    weight, logit_bias, ignore_index = tensors["weight"], tensors["logit_bias"], options["ignore_index"]
-    probabilities = target.is_floating_point()
-    target = target.reshape(-1, num_classes) if probabilities else target.flatten()
-    norm = reference.row_norm(target, weight, ignore_index, compute_dtype(input.dtype))
-    x, linear_weight, linear_bias = _autocast(input.flatten(0, -2), linear_weight, tensors["linear_bias"])
-    reduction = options["reduction"]
-    options = {name: value for name, value in options.items() if name != "reduction"}
-    options |= {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
-    unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
-    if unusual or traced():
-        repeated = torch.cat([target, target]) if forked else target
-        terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
-        loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
-    else:
-        loss, right = chunked_classifier.linear_cross_entropy_rows(
-            x, linear_weight, target, **options, count_correct=stats
-        )
-    norm = norm.to(loss.dtype)
-
-    dtype = loss.dtype if autocast_dtype(input) else _eager_dtype(x, logit_bias)
-    total = norm.sum() * (2 if forked else 1)
-    reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
-    result = reduced[reduction]().to(dtype)
-    if not stats:
-        return result, None
-    streams = loss.detach().view(2 if forked else 1, -1)
-    counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
-    accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result, LossStats(streams.sum(-1) / norm.sum().detach(), accuracy)
-
-
-def _eager_dtype(x: Tensor, logit_bias: Tensor | None) -> torch.dtype:
-    return x.dtype if logit_bias is None else torch.promote_types(x.dtype, logit_bias.dtype)

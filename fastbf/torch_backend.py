@@ -1,0 +1,105 @@
+"""The torch backend: each public op by what is quickest in PyTorch. ``fastbf/autograd.py`` has the same on kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbf import chunked_attention, chunked_classifier, gemm, reference
+from fastbf.chunks import compute_dtype, loss_dtype
+from fastbf.context import autocast, autocast_dtype, traced
+from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
+
+
+def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor) -> Tensor | None:
+    return None if p == 0 or x.numel() == 0 else elementwise_mask(Dropout(p, seed, x.dtype), site, x)
+
+
+def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
+    """drop(softmax(scale · q kᵀ)) v by what is quickest: SDPA without dropout, else chunks."""
+    if q.numel() == 0 or k.numel() == 0:
+        return reference.attention(q, k, v, scale=scale)
+    if p == 0:
+        batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
+        o = F.scaled_dot_product_attention(*batch, scale=scale)
+        return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
+    if traced():
+        mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
+        return reference.attention(q, k, v, scale=scale, mask=mask)
+    return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed)
+
+
+def dropout_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
+    """LayerNorm(residual + drop(x))."""
+    mask = _mask(p, seed, Site.ATTENTION_OUTPUT, x)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps=eps, mask=mask)
+
+
+def activation_dropout(x: Tensor, activation: str, *, p: float, seed: Tensor | None) -> Tensor:
+    """drop(act(x))."""
+    return reference.activation_dropout(x, activation, mask=_mask(p, seed, Site.ACTIVATION, x))
+
+
+def encoder_layer(
+    x: Tensor, weights: reference.LayerWeights, *, p: float, seed: Tensor | None, plain: Tensor | None, forked: bool,
+    **options: object,
+) -> Tensor:  # fmt: skip
+    """A whole encoder layer, or the fork that it ends, as :func:`fastbf.functional.encoder_layer` says."""
+    if forked:
+        plain, x = x.chunk(2)
+    width = weights.linear1_weight.shape[0]
+    hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
+    output = hidden[..., :1].expand(x.shape)
+    masks = reference.LayerMasks(
+        attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
+        activation=_mask(p, seed, Site.ACTIVATION, hidden),
+        feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
+    )
+
+    def self_attention(qkv: Tensor, num_heads: int, *, mask: None) -> Tensor:
+        q, k, v = reference.split_qkv(qkv, num_heads)
+        return batch_attention(q, k, v, scale=q.shape[-1] ** -0.5, p=p, seed=seed)
+
+    mixed = reference.encoder_layer(
+        x, weights, masks=masks, self_attention=self_attention, linear=gemm.linear, **options
+    )
+    return mixed if plain is None else torch.cat([plain, mixed])
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
+    logit_bias: Tensor | None, reduction: str, ignore_index: int, forked: bool, stats: bool, **options: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """The loss, and with ``stats`` each stream's loss and accuracy."""
+    rows, num_classes = input.shape[:-1], linear_weight.shape[0]
+    probabilities = target.is_floating_point()
+    target = target.reshape(-1, num_classes) if probabilities else target.flatten()
+    norm = reference.row_norm(target, weight, ignore_index, compute_dtype(input.dtype))
+    x, linear_weight, linear_bias = autocast(input.flatten(0, -2), linear_weight, linear_bias)
+    options |= {
+        "linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias, "ignore_index": ignore_index
+    }  # fmt: skip
+    unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
+    if unusual or traced():
+        repeated = torch.cat([target, target]) if forked else target
+        terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
+        loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
+    else:
+        loss, right = chunked_classifier.linear_cross_entropy_rows(
+            x, linear_weight, target, **options, count_correct=stats
+        )
+    norm = norm.to(loss.dtype)
+
+    dtype = loss.dtype if autocast_dtype(input) else loss_dtype(x.dtype, logit_bias)
+    total = norm.sum() * (2 if forked else 1)
+    reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
+    result = reduced[reduction]().to(dtype)
+    if not stats:
+        return result, None
+    streams = loss.detach().view(2 if forked else 1, -1)
+    counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
+    accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
+    return result, (streams.sum(-1) / norm.sum().detach(), accuracy)
