@@ -23,14 +23,16 @@ from fastbf.kernels.rows import Tile
 ROW = 5
 
 _RUNTIME = ["rows", "targets", "ignore_index", "tiles", "stride", "grad_stride"]
-_TILE_ELEMENTS, _MAX_CLASSES, _WARPS = 2048, 2048, 4
+# Eight rows: what is kept of each row, in every thread that shares it, spills where a tile holds many.
+_TILE_ELEMENTS, _MAX_ROWS, _MAX_CLASSES, _WARPS = 2048, 8, 2048, 4
+BACKWARD_REGISTERS = 160
 
 
 @cache
 def class_tile(num_classes: int) -> Tile:
     """Rows and classes of a tile; a row of more classes is walked over."""
     width = min(_MAX_CLASSES, max(32, 1 << (num_classes - 1).bit_length()))
-    return Tile(_TILE_ELEMENTS // width, width, _WARPS)
+    return Tile(min(_MAX_ROWS, _TILE_ELEMENTS // width), width, _WARPS)
 
 
 @triton.jit
@@ -174,7 +176,9 @@ def cross_entropy_backward(
                 every = start + tl.arange(0, BC)
                 weights += tl.load(p_weight + every, mask=every < K, other=0.0).to(tl.float32)
             spread = smoothing / K * tl.sum(weights, 0)
-    for first in range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM):
+    # As in add_norm_backward: what is moved out of the loop gets spilled, and so do a few values for occupancy's sake
+    # unless ptxas is told how many registers there are.
+    for first in tl.range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM, disable_licm=True):
         index = first + tl.arange(0, BM)
         t, valid, counts = _target(p_target, index, rows, targets, ignore_index, K)
         grad = tl.load(p_grad + index.to(tl.int64) * grad_stride, mask=index < rows, other=0.0).to(tl.float32)
@@ -285,7 +289,7 @@ def backward(
     """
     rows, num_classes = z.shape
     flags = _flags(num_classes, weight, logit_bias, smoothing)
-    flags.update(MEAN=total is not None, PARTIALS=partials is not None)
+    flags.update(MEAN=total is not None, PARTIALS=partials is not None, maxnreg=BACKWARD_REGISTERS)
     tiles = cdiv(num_classes, flags["BC"])
     parts = cdiv(rows, flags["BM"]) if partials is None else partials.shape[0]
     optional = (grad, total, z, target, weight, logit_bias, of_rows, dz, partials)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
 from fastbf.kernels.attention_configs import TABLE, key_value_passes
-from fastbf.kernels.cross_entropy import class_tile
+from fastbf.kernels.cross_entropy import BACKWARD_REGISTERS, class_tile
 from fastbf.kernels.rng import KEEP_BITS, KEEP_HALVES
 from fastbf.kernels.rows import ACTIVATION_TILE, norm_tile
 
@@ -164,7 +164,7 @@ def _classifier_jobs() -> Iterator[Job]:
                 yield Job(
                     kernel, dtype, num_classes, 0, capability, f"{call}, {warps} warps",
                     _elements(kernel, dtype) | ({"p_weight": "fp32"} if "HAS_WEIGHT" in constants else {}), constants,
-                    {"num_warps": warps}, False,
+                    {"num_warps": warps} | ({"maxnreg": BACKWARD_REGISTERS} if "backward" in kernel else {}), False,
                 )  # fmt: skip
 
 
