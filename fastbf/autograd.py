@@ -152,8 +152,9 @@ class _EncoderLayer(Function):
 
 
 class _Classifier(Function):
-    """The shared classifier's loss. Saves x and the weight in the products' dtype, the products [M, K] in it, the
-    target, and five fp32 numbers a row. Also gives each stream's loss and accuracy, (2, streams), without gradient.
+    """The shared classifier's loss. Saves x and the weight in the products' dtype, the products [M, K] in it unless
+    they are too large, the target, and six fp32 numbers a row. Also gives each stream's loss and accuracy, (2,
+    streams), without gradient.
     """
 
     @staticmethod
@@ -163,7 +164,7 @@ class _Classifier(Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         made = ops.classifier_forward(x, matrix, bias, target, weight, logit_bias, head)
         factors = x if made.x is None else made.x, matrix if made.matrix is None else made.matrix
-        ctx.save_for_backward(*factors, made.z, made.of_rows, made.total, target, weight, logit_bias)
+        ctx.save_for_backward(*factors, made.z, made.of_rows, made.total, bias, target, weight, logit_bias)
         ctx.head, ctx.dtypes = head, [None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)]
         ctx.mark_non_differentiable(made.stats)
         ctx.set_materialize_grads(False)  # zeros for them would be a launch
@@ -285,13 +286,17 @@ def linear_cross_entropy(
     logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
     stats: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and each stream's loss and accuracy, anything without ``stats``. Class indices only."""
-    compute = autocast_dtype(input)
+    """The loss, and each stream's loss and accuracy, anything without ``stats``."""
+    autocasts = autocast_dtype(input)
+    compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
+    rows = input.flatten(0, -2)
+    target = target.reshape(-1, num_classes) if target.is_floating_point() else target.flatten()
     head = Head(
-        2 if forked else 1, reduction, scale, ignore_index, label_smoothing, stats, compute or input.dtype,
-        torch.float32 if compute else loss_dtype(input.dtype, logit_bias),
+        2 if forked else 1, reduction, scale, ignore_index, label_smoothing, stats,
+        classifier.keeps(rows.shape[0], num_classes, compute, input.device), compute,
+        torch.float32 if autocasts else loss_dtype(input.dtype, target, logit_bias),
     )  # fmt: skip
-    x, target, weight, logit_bias = _dense(input.flatten(0, -2), target.flatten(), weight, logit_bias)
+    x, target, linear_bias, weight, logit_bias = _dense(rows, target, linear_bias, weight, logit_bias)
     x, linear_weight, linear_bias, logit_bias = _distinct(x, linear_weight, linear_bias, logit_bias)
     loss, of_streams = _Classifier.apply(x, linear_weight, linear_bias, logit_bias, target, weight, head)
     return loss.view(input.shape[:-1] if reduction == "none" else ()), of_streams.unbind()

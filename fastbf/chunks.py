@@ -22,6 +22,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def loss_dtype(dtype: torch.dtype, logit_bias: Tensor | None) -> torch.dtype:
+def loss_dtype(dtype: torch.dtype, target: Tensor, logit_bias: Tensor | None) -> torch.dtype:
     """The dtype that eager PyTorch's cross-entropy gives without autocast, for products of ``dtype``."""
-    return dtype if logit_bias is None else torch.promote_types(dtype, logit_bias.dtype)
+    for t in (target, logit_bias):
+        if t is not None and t.is_floating_point():
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype

@@ -1,23 +1,30 @@
 """The shared classifier's loss as matrix products and kernels, forward and backward, on plain tensors.
 
-The logits are kept once, in the dtype of the product that makes them; their gradient is a second tensor of that size.
-Class indices only, and logits up to a size (``fastbf/functional.py`` says which); the rest is the torch backend's.
+The logits are kept once, in the dtype of the product that makes them, as long as that takes no more than a share of the
+device's memory; above it they are made in chunks of rows, and made again in backward. Their gradient is made in chunks
+of rows in either case. Most calls are one chunk.
 
 Source: DESIGN sections 1 and 6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbf.context import no_autocast
+from fastbf.context import no_autocast, traced_as_constant
 from fastbf.kernels import cross_entropy
 from fastbf.kernels.limits import device_limits
-from fastbf.kernels.rows import partial_sums
-from fastbf.products import linear_into, weight_gradient
+from fastbf.products import add_weight_gradient, linear_into, weight_gradient
+
+#: Shares of the device's memory: how much the logits that are kept for backward may take (5 GiB of 80), and how much of
+#: logits, or of their gradient, is made at a time (1.25 GiB).
+KEPT, CHUNK = 1 / 16, 1 / 64
+#: A chunk has so many rows at least: each one reads the whole weight, and adds to the whole of its gradient.
+MIN_ROWS = 512
 
 
 class Head(NamedTuple):
@@ -29,15 +36,34 @@ class Head(NamedTuple):
     ignore_index: int
     smoothing: float
     count: bool  #: whether to find each stream's accuracy
+    keep: bool  #: the logits, for backward
     compute: torch.dtype  #: of the matrix products
     loss: torch.dtype
 
-    def options(self, weight: Tensor | None, logit_bias: Tensor | None) -> dict[str, object]:
+    def options(
+        self, weight: Tensor | None, bias: Tensor | None, logit_bias: Tensor | None
+    ) -> cross_entropy.Options:  # fmt: skip
         """What both kernels take."""
-        return {
-            "weight": weight, "logit_bias": logit_bias, "scale": self.scale, "ignore_index": self.ignore_index,
-            "smoothing": self.smoothing,
-        }  # fmt: skip
+        return cross_entropy.Options(weight, bias, logit_bias, self.scale, self.ignore_index, self.smoothing)
+
+
+@traced_as_constant
+def _memory(device: torch.device) -> int:
+    return device_limits(device).memory
+
+
+def keeps(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the logits of a call are kept for backward."""
+    return rows * num_classes * dtype.itemsize <= KEPT * _memory(device)
+
+
+def _chunks(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
+    """The rows to work on at a time: as few chunks as memory allows, of about the same size."""
+    most = max(MIN_ROWS, int(CHUNK * _memory(device)) // (num_classes * dtype.itemsize))
+    count = -(-rows // most)
+    step = -(-rows // count)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 class Results(NamedTuple):
@@ -48,8 +74,8 @@ class Results(NamedTuple):
     total: Tensor  #: fp32 (1,): what a mean divides by
     x: Tensor | None  #: (M, C) in the products' dtype, unless x has it
     matrix: Tensor | None  #: (K, C): the classifier's weight likewise
-    z: Tensor  #: (M, K): the products
-    of_rows: Tensor  #: fp32 (5, M): ``kernels.cross_entropy.ROW``
+    z: Tensor  #: (M, K + padding), or no rows of it if they are not kept: the products
+    of_rows: Tensor  #: fp32 (6, M): ``kernels.cross_entropy.ROW``
 
 
 def allocate(x: Tensor, matrix: Tensor, head: Head) -> Results:
@@ -65,9 +91,15 @@ def allocate(x: Tensor, matrix: Tensor, head: Head) -> Results:
         empty(1),
         empty(*x.shape, dtype=head.compute) if x.dtype != head.compute else None,
         empty(*matrix.shape, dtype=head.compute) if matrix.dtype != head.compute else None,
-        empty(rows, num_classes, dtype=head.compute),
+        empty(rows if head.keep else 0, cross_entropy.padded(num_classes, head.compute), dtype=head.compute),
         empty(cross_entropy.ROW, rows),
     )
+
+
+def _buffer(x: Tensor, num_classes: int, rows: slice) -> Tensor:
+    """Room for a chunk's logits, or for their gradient."""
+    shape = rows.stop - rows.start, cross_entropy.padded(num_classes, x.dtype)
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def forward(
@@ -79,30 +111,31 @@ def forward(
     Args:
         x: (M, C), contiguous.
         matrix: (K, C), the classifier's weight; bias (K,) or None.
-        target: (N,) int64, M = N or 2N.
+        target: (N,) int64 or (N, K) floating point, M = N or 2N.
         weight, logit_bias: (K,) or None.
         head: the call.
     """
     made = allocate(x, matrix, head)
+    narrow = [(to, t) for to, t in ((made.x, x), (made.matrix, matrix)) if to is not None]
+    x, matrix = x if made.x is None else made.x, matrix if made.matrix is None else made.matrix
+    options, num_classes = head.options(weight, bias, logit_bias), matrix.shape[0]
     with no_autocast(x):
-        narrow = [(to, t) for to, t in ((made.x, x), (made.matrix, matrix)) if to is not None]
-        if bias is not None and bias.dtype != head.compute:
-            narrow.append((torch.empty(bias.shape, dtype=head.compute, device=bias.device), bias))
-            bias = narrow[-1][0]
         if narrow:
             torch._foreach_copy_([to for to, _ in narrow], [t for _, t in narrow])
-        x, matrix = x if made.x is None else made.x, matrix if made.matrix is None else made.matrix
-        linear_into(x, matrix, bias, made.z)
-    options = head.options(weight, logit_bias)
-    cross_entropy.forward(made.z, target, **options, count=head.count, of_rows=made.of_rows)
-    whole, mean = head.reduction != "none", head.reduction == "mean"
+        every = slice(0, x.shape[0])
+        chunks = [every] if head.keep else list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
+        buffer = made.z if head.keep else _buffer(x, num_classes, chunks[0])
+        for rows in chunks:
+            z = buffer[: rows.stop - rows.start, :num_classes]
+            linear_into(x[rows], matrix, None, z)
+            cross_entropy.forward(z, target, options, count=head.count, first=rows.start, of_rows=made.of_rows)
+    whole = head.reduction != "none"
     if not whole:
         made.loss.copy_(made.of_rows[0])
-    if whole or head.count:
-        loss = made.loss if whole else made.total
-        cross_entropy.finish(
-            made.of_rows, streams=head.streams, mean=mean, loss=loss, total=made.total, stats=made.stats
-        )
+    cross_entropy.finish(
+        made.of_rows, streams=head.streams, mean=head.reduction == "mean", loss=made.loss if whole else made.total,
+        total=made.total, stats=made.stats,
+    )  # fmt: skip
     return made
 
 
@@ -114,6 +147,11 @@ class Wanted(NamedTuple):
     bias: bool
     logit_bias: bool
 
+    @property
+    def sums(self) -> bool:
+        """Whether that of the logits is, summed over rows."""
+        return self.bias or self.logit_bias
+
 
 class Gradients(NamedTuple):
     """What backward gives, None where it is not wanted."""
@@ -124,8 +162,8 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
-    weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: Wanted,
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
+    target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: Wanted,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> Gradients:  # fmt: skip
     """The gradients of one call.
@@ -134,22 +172,41 @@ def backward(
         grad: of the loss, () or (M,), contiguous.
         x, matrix: in the products' dtype, as forward multiplied them.
         z, of_rows, total: as forward left them.
-        target, weight, logit_bias, head: as in forward.
+        bias, target, weight, logit_bias, head: as in forward.
         wanted: which gradients; at least one.
         dtypes: of x's gradient, and of the weight's, fp32 or that of the products.
     """
-    dz = torch.empty_like(z)
-    partials = None
-    if wanted.bias or wanted.logit_bias:
-        parts = partial_sums(z.shape[0], device_limits(z.device))
-        partials = torch.empty(parts, z.shape[1], dtype=torch.float32, device=z.device)
-    cross_entropy.backward(
-        grad, z, target, of_rows, **head.options(weight, logit_bias), dz=dz, partials=partials,
-        total=total if head.reduction == "mean" else None,
-    )  # fmt: skip
+    options, num_classes = head.options(weight, bias, logit_bias), matrix.shape[0]
+    dx = torch.empty_like(x) if wanted.x else None
+    d_matrix = sums = None
+    chunks = list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
+    buffer = _buffer(x, num_classes, chunks[0])
     with no_autocast(x):
-        return Gradients(
-            torch.mm(dz, matrix).to(dtypes[0]) if wanted.x else None,
-            weight_gradient(dz, x, dtypes[1]) if wanted.matrix else None,
-            None if partials is None else partials.sum(0),
-        )
+        for rows in chunks:
+            dz = buffer[: rows.stop - rows.start, :num_classes]
+            if head.keep:
+                logits = z[rows, :num_classes]
+            else:
+                logits = dz  # the kernel writes to each element after it has read it
+                linear_into(x[rows], matrix, None, logits)
+            partials = None
+            if wanted.sums:
+                parts = cross_entropy.sums_parts(logits.shape[0], num_classes, x.device)
+                partials = torch.empty(parts, num_classes, dtype=torch.float32, device=x.device)
+            cross_entropy.backward(
+                grad, logits, target, of_rows, options, total=total if head.reduction == "mean" else None,
+                first=rows.start, dz=dz, sums=partials,
+            )  # fmt: skip
+            if wanted.x:
+                torch.mm(dz, matrix, out=dx[rows])
+            if wanted.matrix and d_matrix is None:
+                # What several chunks add up is fp32 until it is whole.
+                d_matrix = weight_gradient(dz, x[rows], dtypes[1] if len(chunks) == 1 else torch.float32)
+            elif wanted.matrix:
+                add_weight_gradient(d_matrix, dz, x[rows])
+            if wanted.sums:
+                part = partials.sum(0)
+                sums = part if sums is None else sums.add_(part)
+    return Gradients(
+        dx.to(dtypes[0]) if wanted.x else None, d_matrix.to(dtypes[1]) if wanted.matrix else None, sums
+    )  # fmt: skip

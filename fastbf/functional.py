@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbf import checks, chunked_classifier, reference, torch_backend
+from fastbf import checks, reference, torch_backend
 from fastbf.backend import Choice, choose, give_up
 from fastbf.context import autocast, autocast_dtype
 from fastbf.dropout import draw_seed
@@ -375,7 +375,7 @@ def linear_cross_entropy(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
-    obstacle = _classifier_obstacle(input, target, num_classes, weight, logit_bias)
+    obstacle = _classifier_obstacle(target, weight, logit_bias)
     choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
     loss, of_streams = _run(
@@ -386,17 +386,11 @@ def linear_cross_entropy(
     return (loss, LossStats(*of_streams)) if stats else loss
 
 
-def _classifier_obstacle(
-    input: Tensor, target: Tensor, num_classes: int, weight: Tensor | None, logit_bias: Tensor | None
-) -> str | None:
+def _classifier_obstacle(target: Tensor, weight: Tensor | None, logit_bias: Tensor | None) -> str | None:
     """Why the kernels of the classifier cannot serve a call, whatever its device and dtype."""
-    if target.is_floating_point():
-        return "the target holds probabilities, and the kernels of linear_cross_entropy take class indices."
-    if weight is not None and weight.requires_grad:
-        return "the kernels of linear_cross_entropy give class weights no gradient."
+    for name, t in (("probabilities", target), ("class weights", weight)):
+        if t is not None and t.requires_grad:
+            return f"the kernels of linear_cross_entropy give {name} no gradient."
     if logit_bias is not None and logit_bias.dtype == torch.float64:
         return "logit_bias is fp64."
-    rows, itemsize = input.numel() // max(1, input.shape[-1]), (autocast_dtype(input) or input.dtype).itemsize
-    if rows * num_classes * itemsize > chunked_classifier.KEEP_LOGITS_BYTES:
-        return "the logits take more than 1 GiB, which the torch backend works through in chunks."
     return None

@@ -249,8 +249,8 @@ def activation_backward(
 
 
 _HEAD = (
-    "int streams, str reduction, float scale, int ignore_index, float smoothing, bool count, ScalarType compute,"
-    " ScalarType loss"
+    "int streams, str reduction, float scale, int ignore_index, float smoothing, bool count, bool keep,"
+    " ScalarType compute, ScalarType loss"
 )
 
 
@@ -283,45 +283,46 @@ def classifier_forward(
 
 
 def _classifier_gradients(
-    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
-    weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
+    target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
     matrix_dtype: torch.dtype, *head: object,
 ) -> list[Tensor]:  # fmt: skip
     wanted = classifier.Wanted(*wanted)
     shapes = ((wanted.x, x.shape, x_dtype), (wanted.matrix, matrix.shape, matrix_dtype))
     grads = [torch.empty(shape, dtype=dtype, device=x.device) for want, shape, dtype in shapes if want]
-    if wanted.bias or wanted.logit_bias:
-        grads.append(torch.empty(z.shape[1], dtype=torch.float32, device=x.device))
+    if wanted.sums:
+        grads.append(torch.empty(matrix.shape[0], dtype=torch.float32, device=x.device))
     return grads
 
 
 @_operator(
-    "(Tensor grad, Tensor x, Tensor matrix, Tensor z, Tensor of_rows, Tensor total, Tensor target, Tensor? weight,"
-    f" Tensor? logit_bias, bool[] wanted, ScalarType x_dtype, ScalarType matrix_dtype, {_HEAD}) -> Tensor[]",
+    "(Tensor grad, Tensor x, Tensor matrix, Tensor z, Tensor of_rows, Tensor total, Tensor? bias, Tensor target,"
+    " Tensor? weight, Tensor? logit_bias, bool[] wanted, ScalarType x_dtype, ScalarType matrix_dtype,"
+    f" {_HEAD}) -> Tensor[]",
     _classifier_gradients,
 )
 def _classifier_backward(
-    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
-    weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
+    target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, wanted: Sequence[bool], x_dtype: torch.dtype,
     matrix_dtype: torch.dtype, *head: object,
 ) -> list[Tensor]:  # fmt: skip
     found = classifier.backward(
-        grad, x, matrix, z, of_rows, total, target, weight, logit_bias, Head(*head), classifier.Wanted(*wanted),
+        grad, x, matrix, z, of_rows, total, bias, target, weight, logit_bias, Head(*head), classifier.Wanted(*wanted),
         (x_dtype, matrix_dtype),
     )  # fmt: skip
     return [t for t in found if t is not None]
 
 
 def classifier_gradients(
-    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, target: Tensor,
-    weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: classifier.Wanted,
+    grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
+    target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: classifier.Wanted,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> classifier.Gradients:  # fmt: skip
     """``fastbf.classifier.backward``."""
     found = iter(
         _classifier_backward(
-            grad, x, matrix, z, of_rows, total, target, weight, logit_bias, list(wanted), *dtypes, *head
+            grad, x, matrix, z, of_rows, total, bias, target, weight, logit_bias, list(wanted), *dtypes, *head
         )
     )
-    kinds = (wanted.x, wanted.matrix, wanted.bias or wanted.logit_bias)
+    kinds = (wanted.x, wanted.matrix, wanted.sums)
     return classifier.Gradients(*(next(found) if want else None for want in kinds))

@@ -21,3 +21,11 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return torch.mm(dy.t().to(dtype), x.to(dtype))
+
+
+def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total += dyᵀ x, total in fp32; the product itself adds where the device can do that."""
+    if dy.is_cuda and dy.dtype != total.dtype:
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(dy.t().to(total.dtype), x.to(total.dtype))

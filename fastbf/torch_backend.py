@@ -93,7 +93,7 @@ def linear_cross_entropy(
         )
     norm = norm.to(loss.dtype)
 
-    dtype = loss.dtype if autocast_dtype(input) else loss_dtype(x.dtype, logit_bias)
+    dtype = loss.dtype if autocast_dtype(input) else loss_dtype(x.dtype, target, logit_bias)
     total = norm.sum() * (2 if forked else 1)
     reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
     result = reduced[reduction]().to(dtype)

@@ -1,31 +1,40 @@
 """Cross-entropy over logits that lie in memory in the dtype of the product that made them, forward and backward.
 
-logits = scale · z + logit_bias, z (M, K); class indices, of which row r has that of row r mod N: a fork repeats its
-targets without a copy. Statistics in fp32, over chunks of the classes, so that any K does. Forward leaves a few numbers
-a row, which one program then adds up in a fixed order; backward computes the probabilities again from z and those
-numbers, and leaves partial sums of the bias's gradient.
+logits = scale · (z + bias) + logit_bias, z (M, K). Row r has the target of row r mod N: a fork repeats its targets
+without a copy. A target is a distribution q over the classes that multiplies -log p: of a class index t, q = weight ·
+((1 - ε) [c = t] + ε / K), and of probabilities t, q = weight · ((1 - ε) t + ε / K), with ε the label smoothing.
+Statistics in fp32, over chunks of the classes, so that any K does. Forward leaves a few numbers a row, which one
+program then adds up in a fixed order; backward computes the probabilities again from z and those numbers, and leaves
+partial sums of the logits' gradient. The rows may come some at a time.
 
-NaN and Inf go where ``F.cross_entropy`` takes them. A class index out of range is never read at: its loss is NaN.
+NaN and Inf go where ``F.cross_entropy`` takes them. A class index out of range is never read at: its loss is NaN, and
+the program that adds up stops the device with an assertion, as PyTorch's own kernel does.
 """
 
 from functools import cache
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbf.kernels.launch import cdiv, launch
-from fastbf.kernels.rows import Tile
+from fastbf.kernels.limits import device_limits
+from fastbf.kernels.rows import Tile, partial_sums
 
 #: Numbers that forward leaves of a row: its loss; what it adds to the mean's denominator; its largest logit, and the
-#: log of the sum of exponentials relative to that (their sum would lose what tells large logits apart); and 0 where the
-#: row is ignored, 1 where the largest logit is another class, 2 where it is the target's.
-ROW = 5
+#: log of the sum of exponentials relative to that (their sum would lose what tells large logits apart); -1 where the
+#: class index is out of range, 0 where the row is ignored, 1 where the largest logit is another class, 2 where it is
+#: the target's; and Σ q.
+ROW = 6
 
-_RUNTIME = ["rows", "targets", "ignore_index", "tiles", "stride", "grad_stride"]
+_RUNTIME = ["rows", "first", "of_all", "targets", "pieces", "aligned_classes", "ignore_index"]
+PIECE = 16  #: bytes that one load takes
 # Eight rows: what is kept of each row, in every thread that shares it, spills where a tile holds many.
 _TILE_ELEMENTS, _MAX_ROWS, _MAX_CLASSES, _WARPS = 2048, 8, 2048, 4
-BACKWARD_REGISTERS = 160
+#: A thread may use so many: told a number, ptxas does not spill a few values for the sake of more programs at a time.
+REGISTERS = 168
 
 
 @cache
@@ -35,84 +44,155 @@ def class_tile(num_classes: int) -> Tile:
     return Tile(min(_MAX_ROWS, _TILE_ELEMENTS // width), width, _WARPS)
 
 
+def alignment(num_classes: int) -> int:
+    """The largest power of two up to 8 that divides the number of classes: how much of a row of K one load may take."""
+    return min(8, num_classes & -num_classes)
+
+
+def padded(num_classes: int, dtype: torch.dtype) -> int:
+    """Elements from one row of logits to the next.
+
+    Rows start at multiples of 16 bytes, which matrix products and wide loads want, whatever the number of classes.
+    """
+    step = PIECE // dtype.itemsize
+    return cdiv(num_classes, step) * step
+
+
 @triton.jit
-def _target(p_target, index, rows, targets, ignore_index, K: tl.constexpr):
-    """Of rows [BM]: the class (0 where there is none), whether it is one, whether the row counts."""
-    inside = index < rows
-    t = tl.load(p_target + (index % targets), mask=inside, other=0)
+def _target(p_target, index, inside, targets, ignore_index, K):
+    """Class indices of rows [BM]: the class (0 where there is none), whether it is one, whether the row counts."""
+    t = tl.load(p_target + index % targets, mask=inside, other=0)
     valid = (t >= 0) & (t < K) & inside
     return tl.where(valid, t, 0).to(tl.int32), valid, inside & (t != ignore_index)
 
 
 @triton.jit
-def _logits(z, p_logit_bias, columns, scale, HAS_LOGIT_BIAS: tl.constexpr, K: tl.constexpr):
-    """z as read → logits, fp32."""
-    s = z.to(tl.float32) * scale
+def _shift(p_bias, p_logit_bias, columns, mask, scale, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr):
+    """What is added to scale · z: fp32, of the columns' shape."""
+    shift = tl.zeros(columns.shape, tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(p_bias + columns, mask=mask, other=0.0).to(tl.float32) * scale
     if HAS_LOGIT_BIAS:
-        s += tl.load(p_logit_bias + columns, mask=columns < K, other=0.0).to(tl.float32)
-    return s
+        shift += tl.load(p_logit_bias + columns, mask=mask, other=0.0).to(tl.float32)
+    return shift
+
+
+@triton.jit
+def _uniform(p_weight, columns, mask, uniform, HAS_WEIGHT: tl.constexpr):
+    """What smoothing gives to every class: weight · ε / K [1, BC]."""
+    q = tl.full((1, columns.shape[0]), 0.0, tl.float32) + uniform
+    if HAS_WEIGHT:
+        q *= tl.load(p_weight + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return q
+
+
+@triton.jit
+def _probabilities(p_target, index, inside, targets, columns, mask, K):
+    """The targets of rows [BM] in a tile of classes: fp32 [BM, BC]."""
+    offsets = (index % targets).to(tl.int64)[:, None] * K + columns[None, :]
+    return tl.load(p_target + offsets, mask=inside[:, None] & mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _smoothed(t, p_weight, columns, mask, keep, uniform, HAS_WEIGHT: tl.constexpr):
+    """q of probabilities t [BM, BC]."""
+    q = t * keep + uniform
+    if HAS_WEIGHT:
+        q *= tl.load(p_weight + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return q
+
+
+@triton.jit
+def _first_of_largest(x, highest, columns, mask, K):
+    """Of rows [BM, BC], the first column that holds the largest value [BM]."""
+    return tl.min(tl.where((x == highest[:, None]) & mask[None, :], columns[None, :], K), 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def cross_entropy_forward(
-    p_z, p_target, p_weight, p_logit_bias, p_rows,
-    rows: tl.int32, targets: tl.int32, ignore_index: tl.int64, scale: tl.float32, smoothing: tl.float32,
-    K: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, SMOOTH: tl.constexpr, COUNT: tl.constexpr,
+    p_z, p_target, p_weight, p_bias, p_logit_bias, p_rows,
+    rows: tl.int32, first: tl.int32, of_all: tl.int32, targets: tl.int32, pieces: tl.int32, aligned_classes: tl.int32,
+    ignore_index: tl.int64, scale: tl.float32, keep: tl.float32, uniform: tl.float32,
+    BM: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, each as ``ROW`` says. Grid: ⌈rows / BM⌉."""
+    """BM rows, each as ``ROW`` says. Grid: ⌈rows / BM⌉.
+
+    z's row stride is given in pieces of 16 bytes, and K in multiples of ALIGN: multiplied in here, the compiler knows
+    what divides them and loads many elements at once.
+    """
+    K = aligned_classes * ALIGN
+    stride = pieces * (128 // p_z.dtype.element_ty.primitive_bitwidth)
     index = tl.program_id(0) * BM + tl.arange(0, BM)
-    t, valid, counts = _target(p_target, index, rows, targets, ignore_index, K)
-    base = index.to(tl.int64) * K
+    inside = index < rows
+    base = index.to(tl.int64) * stride
+    index += first
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     shift = tl.zeros((BM,), tl.float32)  # top, or 0 while all classes are switched off
-    weighted = tl.zeros((BM,), tl.float32)  # Σ weight · (logit - shift)
-    weights = tl.zeros((BM,), tl.float32)  # Σ weight
+    weighted = tl.zeros((BM,), tl.float32)  # Σ q · (logit - shift), without a class index's own part
+    mass = tl.zeros((BM,), tl.float32)  # Σ q likewise
     best = tl.zeros((BM,), tl.int32)
+    likeliest = tl.full((BM,), float("-inf"), tl.float32)
+    label = tl.zeros((BM,), tl.int32)
     for start in range(0, K, BC):
         columns = start + tl.arange(0, BC)
-        mask = (columns < K)[None, :]
-        offsets = base[:, None] + columns[None, :]
-        z = tl.load(p_z + offsets, mask=(index < rows)[:, None] & mask, other=0.0)
-        s = _logits(z, p_logit_bias, columns[None, :], scale, HAS_LOGIT_BIAS, K)
-        masked = tl.where(mask, s, float("-inf"))
-        highest = tl.max(masked, 1)
+        mask = columns < K
+        p_tile = p_z + base[:, None] + columns[None, :]
+        z = tl.load(p_tile, mask=inside[:, None] & (columns < stride)[None, :], other=0.0)
+        s = z.to(tl.float32) * scale
+        if HAS_BIAS or HAS_LOGIT_BIAS:
+            s += _shift(p_bias, p_logit_bias, columns, mask, scale, HAS_BIAS, HAS_LOGIT_BIAS)[None, :]
+        s = tl.where(mask[None, :], s, float("-inf"))
+        highest = tl.max(s, 1)
         if COUNT:
-            first = tl.min(tl.where((masked == highest[:, None]) & mask, columns[None, :], K), 1)
-            best = tl.where(highest > top, first, best)
+            best = tl.where(highest > top, _first_of_largest(s, highest, columns, mask, K), best)
         highest = tl.maximum(top, highest)
         before, shift = shift, tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(masked - shift[:, None]), 1)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = highest
-        if SMOOTH:
-            w = tl.full((1, BC), 1.0, tl.float32)
-            if HAS_WEIGHT:
-                w = tl.load(p_weight + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
-            weighted += weights * (before - shift) + tl.sum(tl.where(mask, (s - shift[:, None]) * w, 0.0), 1)
-            weights += tl.sum(tl.where(mask, w, 0.0), 1)
+        if SMOOTH or SOFT:
+            if SOFT:
+                t = _probabilities(p_target, index, inside, targets, columns, mask, K)
+                if COUNT:
+                    highest = tl.max(tl.where(mask[None, :], t, float("-inf")), 1)
+                    label = tl.where(highest > likeliest, _first_of_largest(t, highest, columns, mask, K), label)
+                    likeliest = tl.maximum(likeliest, highest)
+                q = _smoothed(t, p_weight, columns, mask, keep, uniform, HAS_WEIGHT)
+            else:
+                q = _uniform(p_weight, columns, mask, uniform, HAS_WEIGHT)
+            weighted += mass * (before - shift) + tl.sum(tl.where(mask[None, :], (s - shift[:, None]) * q, 0.0), 1)
+            mass += tl.sum(tl.where(mask[None, :], q, 0.0), 1)
     log_total = tl.log(total)
-
-    z = tl.load(p_z + base + t, mask=valid, other=0.0)
-    logit = _logits(z, p_logit_bias, t, scale, HAS_LOGIT_BIAS, K)
+    loss = log_total * mass - weighted
     norm = tl.full((BM,), 1.0, tl.float32)
-    if HAS_WEIGHT:
-        norm = tl.load(p_weight + t, mask=valid, other=0.0).to(tl.float32)
-    loss = (log_total - (logit - shift)) * norm
-    if SMOOTH:
-        loss = (1.0 - smoothing) * loss + smoothing / K * (log_total * weights - weighted)
-    loss = tl.where(valid, loss, float("nan"))
-    loss, norm = tl.where(counts, loss, 0.0), tl.where(counts, norm, 0.0)
-    inside = index < rows
+    code = tl.full((BM,), 1.0, tl.float32)
+    if SOFT:
+        if COUNT:
+            code += tl.where(best == label, 1.0, 0.0)
+    else:
+        t, valid, counts = _target(p_target, index, inside, targets, ignore_index, K)
+        z = tl.load(p_z + base + t, mask=valid, other=0.0)
+        logit = z.to(tl.float32) * scale + _shift(p_bias, p_logit_bias, t, valid, scale, HAS_BIAS, HAS_LOGIT_BIAS)
+        if HAS_WEIGHT:
+            norm = tl.load(p_weight + t, mask=valid, other=0.0).to(tl.float32)
+        loss += (log_total - (logit - shift)) * (norm * keep)
+        mass += norm * keep
+        loss, mass = tl.where(valid, loss, float("nan")), tl.where(valid, mass, float("nan"))
+        if COUNT:
+            code += tl.where(best == t, 1.0, 0.0)
+        code = tl.where(valid, code, -1.0)
+        loss, norm, mass = tl.where(counts, loss, 0.0), tl.where(counts, norm, 0.0), tl.where(counts, mass, 0.0)
+        code = tl.where(counts, code, 0.0)
     p_rows += index
+    of_all = of_all.to(tl.int64)
     tl.store(p_rows, loss, mask=inside)
-    tl.store(p_rows + rows.to(tl.int64), norm, mask=inside)
-    tl.store(p_rows + 2 * rows.to(tl.int64), shift, mask=inside)
-    tl.store(p_rows + 3 * rows.to(tl.int64), log_total, mask=inside)
-    right = tl.where(counts, 1.0, 0.0)
-    if COUNT:
-        right += tl.where(counts & valid & (best == t), 1.0, 0.0)
-    tl.store(p_rows + 4 * rows.to(tl.int64), right, mask=inside)
+    tl.store(p_rows + of_all, norm, mask=inside)
+    tl.store(p_rows + 2 * of_all, shift, mask=inside)
+    tl.store(p_rows + 3 * of_all, log_total, mask=inside)
+    tl.store(p_rows + 4 * of_all, code, mask=inside)
+    tl.store(p_rows + 5 * of_all, mass, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -129,14 +209,17 @@ def cross_entropy_finish(
         norms = tl.zeros((BM,), tl.float32)
         counted = tl.zeros((BM,), tl.float32)
         right = tl.zeros((BM,), tl.float32)
+        lowest = tl.zeros((BM,), tl.float32)
         for start in range(0, each, BM):
             index = start + tl.arange(0, BM)
             p_row = p_rows + stream * each + index
             losses += tl.load(p_row, mask=index < each, other=0.0)
             norms += tl.load(p_row + rows.to(tl.int64), mask=index < each, other=0.0)
             code = tl.load(p_row + 4 * rows.to(tl.int64), mask=index < each, other=0.0)
-            counted += tl.where(code > 0.0, 1.0, 0.0)
+            lowest = tl.minimum(lowest, code)
+            counted += tl.where(code != 0.0, 1.0, 0.0)
             right += tl.where(code > 1.0, 1.0, 0.0)
+        tl.device_assert(lowest >= 0.0, "fastbf linear_cross_entropy: a class index in target is out of range")
         stream_loss, stream_norm = tl.sum(losses, 0), tl.sum(norms, 0)
         tl.store(p_stats + stream, stream_loss / stream_norm)
         tl.store(p_stats + STREAMS + stream, tl.sum(right, 0) / tl.sum(counted, 0))
@@ -148,156 +231,164 @@ def cross_entropy_finish(
     tl.store(p_total, total)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=[*_RUNTIME, "tiles", "sums_stride", "grad_stride"])
 def cross_entropy_backward(
-    p_grad, p_total, p_z, p_target, p_weight, p_logit_bias, p_rows, p_dz, p_partials,
-    rows: tl.int32, targets: tl.int32, ignore_index: tl.int64, tiles: tl.int32, stride: tl.int32,
-    grad_stride: tl.int32, scale: tl.float32, smoothing: tl.float32,
-    K: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr, SMOOTH: tl.constexpr,
-    MEAN: tl.constexpr, PARTIALS: tl.constexpr,
+    p_grad, p_total, p_z, p_target, p_weight, p_bias, p_logit_bias, p_rows, p_dz, p_sums,
+    rows: tl.int32, first: tl.int32, of_all: tl.int32, targets: tl.int32, pieces: tl.int32, aligned_classes: tl.int32,
+    ignore_index: tl.int64, tiles: tl.int32, sums_stride: tl.int32, grad_stride: tl.int32,
+    scale: tl.float32, keep: tl.float32, uniform: tl.float32,
+    BM: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dz in every row tile a program comes to, in one tile of classes, and partial sums of the logits' gradient.
+    """dz, which may take z's place, in every row tile that a program comes to, in one tile of classes, and a partial
+    sum of the logits' gradient.
 
     Grid: partial sums · tiles, tiles = ⌈K / BC⌉.
     """
+    K = aligned_classes * ALIGN
+    stride = pieces * (128 // p_z.dtype.element_ty.primitive_bitwidth)
     program = tl.program_id(0)
     columns = program % tiles * BC + tl.arange(0, BC)
+    mask = columns < K
+    within = columns < stride
     sums = tl.zeros((BM, BC), tl.float32)
-    uniform = tl.zeros((1, BC), tl.float32)  # what smoothing takes from every class
-    spread = 0.0  # and from all of them together
-    if SMOOTH:
-        uniform += smoothing / K
-        spread = smoothing
-        if HAS_WEIGHT:
-            uniform *= tl.load(p_weight + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
-            weights = tl.zeros((BC,), tl.float32)
-            for start in range(0, K, BC):
-                every = start + tl.arange(0, BC)
-                weights += tl.load(p_weight + every, mask=every < K, other=0.0).to(tl.float32)
-            spread = smoothing / K * tl.sum(weights, 0)
-    # As in add_norm_backward: what is moved out of the loop gets spilled, and so do a few values for occupancy's sake
-    # unless ptxas is told how many registers there are.
-    for first in tl.range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM, disable_licm=True):
-        index = first + tl.arange(0, BM)
-        t, valid, counts = _target(p_target, index, rows, targets, ignore_index, K)
-        grad = tl.load(p_grad + index.to(tl.int64) * grad_stride, mask=index < rows, other=0.0).to(tl.float32)
+    # As in add_norm_backward: what is moved out of the loop gets spilled.
+    for start in tl.range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM, disable_licm=True):
+        index = start + tl.arange(0, BM)
+        inside = index < rows
+        offsets = index.to(tl.int64)[:, None] * stride + columns[None, :]
+        index += first
+        grad = tl.load(p_grad + index.to(tl.int64) * grad_stride, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
             grad /= tl.load(p_total)
-        grad = tl.where(counts, grad, 0.0)
-        hit = grad * (1.0 - smoothing)
-        if HAS_WEIGHT:
-            hit *= tl.load(p_weight + t, mask=valid, other=0.0).to(tl.float32)
-        hit = tl.where(valid | (counts == 0), hit, float("nan"))
-        shift = tl.load(p_rows + 2 * rows.to(tl.int64) + index, mask=index < rows, other=0.0)
-        log_total = tl.load(p_rows + 3 * rows.to(tl.int64) + index, mask=index < rows, other=0.0)
-        mask = (index < rows)[:, None] & (columns < K)[None, :]
-        offsets = index.to(tl.int64)[:, None] * K + columns[None, :]
-        z = tl.load(p_z + offsets, mask=mask, other=0.0)
-        s = _logits(z, p_logit_bias, columns[None, :], scale, HAS_LOGIT_BIAS, K)
+        p_row = p_rows + index
+        shift = tl.load(p_row + 2 * of_all.to(tl.int64), mask=inside, other=0.0)
+        log_total = tl.load(p_row + 3 * of_all.to(tl.int64), mask=inside, other=0.0)
+        mass = tl.load(p_row + 5 * of_all.to(tl.int64), mask=inside, other=0.0)
+        z = tl.load(p_z + offsets, mask=inside[:, None] & within[None, :], other=0.0)
+        s = z.to(tl.float32) * scale
+        if HAS_BIAS or HAS_LOGIT_BIAS:
+            s += _shift(p_bias, p_logit_bias, columns, mask, scale, HAS_BIAS, HAS_LOGIT_BIAS)[None, :]
         p = tl.exp(s - shift[:, None] - log_total[:, None])
-        d = p * (hit + grad * spread)[:, None] - tl.where(columns[None, :] == t[:, None], hit[:, None], 0.0)
-        if SMOOTH:
-            d -= grad[:, None] * uniform
-        tl.store(p_dz + offsets, (d * scale).to(p_dz.dtype.element_ty), mask=mask)
-        if PARTIALS:
-            sums += tl.where(mask, d, 0.0)
-    if PARTIALS:
-        p_partials += (program // tiles).to(tl.int64) * stride
-        tl.store(p_partials + columns, tl.sum(sums, 0), mask=columns < K)
+        if SOFT:
+            t = _probabilities(p_target, index, inside, targets, columns, mask, K)
+            d = (p * mass[:, None] - _smoothed(t, p_weight, columns, mask, keep, uniform, HAS_WEIGHT)) * grad[:, None]
+        else:
+            t, valid, counts = _target(p_target, index, inside, targets, ignore_index, K)
+            grad = tl.where(counts, grad, 0.0)
+            hit = grad * keep
+            if HAS_WEIGHT:
+                hit *= tl.load(p_weight + t, mask=valid, other=0.0).to(tl.float32)
+            d = p * (grad * mass)[:, None] - tl.where(columns[None, :] == t[:, None], hit[:, None], 0.0)
+            if SMOOTH:
+                d -= grad[:, None] * _uniform(p_weight, columns, mask, uniform, HAS_WEIGHT)
+        tl.store(p_dz + offsets, (d * scale).to(p_dz.dtype.element_ty), mask=inside[:, None] & within[None, :])
+        if SUMS:
+            sums += tl.where(inside[:, None] & mask[None, :], d, 0.0)
+    if SUMS:
+        tl.store(p_sums + (program // tiles).to(tl.int64) * sums_stride + columns, tl.sum(sums, 0), mask=mask)
 
 
-def _flags(num_classes: int, weight: Tensor | None, logit_bias: Tensor | None, smoothing: float) -> dict[str, object]:
+class Options(NamedTuple):
+    """What the loss is, beside its logits and targets."""
+
+    weight: Tensor | None  #: (K,): a factor for each class
+    bias: Tensor | None  #: (K,): of the linear layer
+    logit_bias: Tensor | None  #: (K,)
+    scale: float
+    ignore_index: int
+    smoothing: float  #: of the labels, in [0, 1]
+
+
+def _flags(num_classes: int, target: Tensor, options: Options) -> dict[str, object]:
     tile = class_tile(num_classes)
     return {
-        "K": num_classes, "BM": tile.rows, "BC": tile.channels, "HAS_WEIGHT": weight is not None,
-        "HAS_LOGIT_BIAS": logit_bias is not None, "SMOOTH": smoothing > 0, "num_warps": tile.num_warps,
+        "BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes),
+        "HAS_WEIGHT": options.weight is not None, "HAS_BIAS": options.bias is not None,
+        "HAS_LOGIT_BIAS": options.logit_bias is not None, "SMOOTH": options.smoothing > 0,
+        "SOFT": target.is_floating_point(), "num_warps": tile.num_warps,
     }  # fmt: skip
 
 
-def forward(
-    z: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None,
-    logit_bias: Tensor | None,
-    scale: float,
-    ignore_index: int,
-    smoothing: float,
-    count: bool,
-    of_rows: Tensor,
-) -> None:
-    """What ``ROW`` lists, of every row.
+def _numbers(z: Tensor, target: Tensor, options: Options, first: int, of_rows: Tensor, *launch: int) -> tuple:
+    """The kernels' arguments that are numbers, in order; ``launch`` is backward's own."""
+    rows, num_classes = z.shape
+    pieces, aligned_classes = z.stride(0) * z.itemsize // PIECE, num_classes // alignment(num_classes)
+    return (
+        rows, first, of_rows.shape[1], target.shape[0], pieces, aligned_classes, options.ignore_index, *launch,
+        options.scale, 1 - options.smoothing, options.smoothing / num_classes,
+    )  # fmt: skip
+
+
+def _pointers(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The first tensor stands in for those that are not there, and is not read in their place."""
+    return tuple([tensors[0] if t is None else t for t in tensors])
+
+
+def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: int, of_rows: Tensor) -> None:
+    """What ``ROW`` lists, of some rows.
 
     Args:
-        z: (M, K), contiguous; ``logits = scale · z + logit_bias``.
-        target: (N,) int64, M = N or 2N.
-        weight, logit_bias: (K,) or None.
-        scale: a number.
-        ignore_index: rows of this class count nothing.
-        smoothing: of the labels, in [0, 1].
+        z: (R, K), a view of rows of ``padded`` length; rows ``first`` and on of the M that there are.
+        target: (N,) int64 or (N, K) floating point, contiguous; M = N or 2N.
+        options: the loss.
         count: whether to find out if the largest logit is right.
-        of_rows: (5, M) fp32 to write to, contiguous: ``ROW``.
+        first: the first row's number.
+        of_rows: (6, M) fp32 to write to, contiguous: ``ROW``.
     """
     rows, num_classes = z.shape
-    flags = _flags(num_classes, weight, logit_bias, smoothing)
-    tensors = (z, target, z if weight is None else weight, z if logit_bias is None else logit_bias, of_rows)
-    numbers = (rows, target.shape[0], ignore_index, scale, smoothing)
-    flags["COUNT"] = count
-    launch(cross_entropy_forward, cdiv(rows, flags["BM"]), z.device, tensors, numbers, flags)
+    flags = _flags(num_classes, target, options)
+    flags.update(COUNT=count, maxnreg=REGISTERS)
+    pointers = _pointers(z, target, options.weight, options.bias, options.logit_bias, of_rows)
+    numbers = _numbers(z, target, options, first, of_rows)
+    launch(cross_entropy_forward, cdiv(rows, flags["BM"]), z.device, pointers, numbers, flags)
 
 
 def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Tensor, stats: Tensor) -> None:
-    """Adds up what forward left of every row.
+    """Adds up what forward left of every row; asserts on the device that no class index was out of range.
 
     Args:
-        of_rows: (5, M) fp32.
+        of_rows: (6, M) fp32.
         streams: 2 for a fork, else 1.
         mean: whether the loss is a mean or a sum.
         loss: one element to write to, any floating-point dtype.
         total: one fp32 element to write to: what a mean divides by.
         stats: (2, streams) fp32 to write to: each stream's mean loss, and its accuracy.
     """
-    flags = {"STREAMS": streams, "BM": 1024, "MEAN": mean, "num_warps": 8}
+    flags = {"STREAMS": streams, "BM": 1024, "MEAN": mean, "num_warps": 8, "debug": True}  # debug: the assertion is on
     launch(cross_entropy_finish, 1, of_rows.device, (of_rows, loss, total, stats), (of_rows.shape[1],), flags)
 
 
 def backward(
-    grad: Tensor,
-    z: Tensor,
-    target: Tensor,
-    of_rows: Tensor,
-    *,
-    total: Tensor | None,
-    weight: Tensor | None,
-    logit_bias: Tensor | None,
-    scale: float,
-    ignore_index: int,
-    smoothing: float,
-    dz: Tensor,
-    partials: Tensor | None,
-) -> None:
+    grad: Tensor, z: Tensor, target: Tensor, of_rows: Tensor, options: Options, *, total: Tensor | None, first: int,
+    dz: Tensor, sums: Tensor | None,
+) -> None:  # fmt: skip
     """The gradient of z, and partial sums of that of the logits.
 
     Args:
         grad: one element, the gradient of the loss, or (M,), those of the rows' losses; contiguous.
-        z, target, weight, logit_bias, scale, ignore_index, smoothing: as in :func:`forward`.
-        of_rows: (5, M), as forward left it.
+        z, target, options, first: as in :func:`forward`.
+        of_rows: (6, M), as forward left it.
         total: one fp32 element that ``grad`` is divided by; None is 1.
-        dz: (M, K) to write to, contiguous.
-        partials: (P, K) fp32 to write to, any row stride, or None.
+        dz: (R, K) to write to, with z's strides; may be z.
+        sums: (P, K) fp32 to write to, any row stride, or None; ``sums_parts`` says what P should be.
     """
     rows, num_classes = z.shape
-    flags = _flags(num_classes, weight, logit_bias, smoothing)
-    flags.update(MEAN=total is not None, PARTIALS=partials is not None, maxnreg=BACKWARD_REGISTERS)
+    flags = _flags(num_classes, target, options)
+    flags.update(MEAN=total is not None, SUMS=sums is not None, maxnreg=REGISTERS)
     tiles = cdiv(num_classes, flags["BC"])
-    parts = cdiv(rows, flags["BM"]) if partials is None else partials.shape[0]
-    optional = (grad, total, z, target, weight, logit_bias, of_rows, dz, partials)
-    numbers = (
-        rows, target.shape[0], ignore_index, tiles, 0 if partials is None else partials.stride(0),
-        int(grad.numel() > 1), scale, smoothing,
+    parts = cdiv(rows, flags["BM"]) if sums is None else sums.shape[0]
+    pointers = _pointers(
+        grad, total, z, target, options.weight, options.bias, options.logit_bias, of_rows, dz, sums
     )  # fmt: skip
-    launch(
-        cross_entropy_backward, parts * tiles, z.device, tuple([grad if t is None else t for t in optional]), numbers,
-        flags,
-    )  # fmt: skip
+    row_strides = 0 if sums is None else sums.stride(0), int(grad.numel() > 1)
+    numbers = _numbers(z, target, options, first, of_rows, tiles, *row_strides)
+    launch(cross_entropy_backward, parts * tiles, z.device, pointers, numbers, flags)
+
+
+def sums_parts(rows: int, num_classes: int, device: torch.device) -> int:
+    """Into how many partial sums backward adds up ``rows`` of the logits' gradient: as few as fill the device."""
+    limits = device_limits(device)
+    tiles = cdiv(num_classes, class_tile(num_classes).channels)
+    return min(partial_sums(rows, limits), cdiv(2 * limits.multiprocessors, tiles))

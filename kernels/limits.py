@@ -16,13 +16,16 @@ class Limits(NamedTuple):
     shared_memory: int  #: bytes a program may use
     multiprocessors: int
     capability: tuple[int, int]
+    memory: int  #: bytes
 
 
 @cache
 def device_limits(device: torch.device) -> Limits:
     """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
     if device.type != "cuda":
-        return Limits(227 * KIB, 132, (9, 0))
+        return Limits(227 * KIB, 132, (9, 0), 80 * KIB**3)
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count, capability)
+    return Limits(
+        properties.shared_memory_per_block_optin, properties.multi_processor_count, capability, properties.total_memory
+    )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
 from fastbf.kernels.attention_configs import TABLE, key_value_passes
-from fastbf.kernels.cross_entropy import BACKWARD_REGISTERS, class_tile
+from fastbf.kernels.cross_entropy import REGISTERS, alignment, class_tile
 from fastbf.kernels.rng import KEEP_BITS, KEEP_HALVES
 from fastbf.kernels.rows import ACTIVATION_TILE, norm_tile
 
@@ -26,7 +26,7 @@ KERNELS = {
 USERS = {80: (80, 86), 90: (90,), 100: (100,)}
 CAPABILITIES = tuple(itertools.chain(*USERS.values()))
 
-FP32_POINTERS = ("p_lse", "p_delta", "p_partials", "p_rows", "p_total", "p_stats", "p_logit_bias")
+FP32_POINTERS = ("p_lse", "p_delta", "p_partials", "p_rows", "p_total", "p_stats", "p_logit_bias", "p_sums")
 #: What has the products' 16-bit dtype under autocast, where the rest is fp32.
 NARROW_POINTERS = ("p_x", "p_dx", "p_copy", "p_dy2")
 
@@ -142,29 +142,39 @@ def _activation_jobs() -> Iterator[Job]:
             )  # fmt: skip
 
 
-CLASSES = (7, 101, 1000, 8142)
-#: The options that a call of the classifier's loss sets: none, then all.
-OPTIONS = {"plain": "MEAN PARTIALS", "all": "HAS_WEIGHT HAS_LOGIT_BIAS SMOOTH COUNT MEAN PARTIALS"}
+#: Of the classifier: odd, even, a multiple of 8, more than a tile, a row that takes many of them.
+CLASSES = (7, 101, 250, 512, 1000, 8142)
+#: The options that a call of the classifier's loss sets: none, all of class indices, all of probabilities.
+OPTIONS = {
+    "plain": "HAS_BIAS MEAN SUMS",
+    "all": "HAS_WEIGHT HAS_BIAS HAS_LOGIT_BIAS SMOOTH COUNT MEAN SUMS",
+    "soft": "HAS_WEIGHT HAS_BIAS HAS_LOGIT_BIAS SMOOTH SOFT COUNT MEAN SUMS",
+}
 
 
 def _classifier_jobs() -> Iterator[Job]:
     sizes = {"cross_entropy_forward": CLASSES, "cross_entropy_backward": CLASSES, "cross_entropy_finish": (0,)}
     for kernel, classes in sizes.items():
-        flags = [name for name in KERNELS[kernel].arg_names if name.isupper() and name not in ("K", "BM", "BC")]
+        sized = ("BM", "BC", "ALIGN", "STREAMS")
+        flags = [name for name in KERNELS[kernel].arg_names if name.isupper() and name not in ("K", *sized)]
         for num_classes, (call, given), capability in itertools.product(classes, OPTIONS.items(), CAPABILITIES):
             constants = {flag: flag in given.split() for flag in flags}
             if kernel == "cross_entropy_finish":
+                if call == "soft":
+                    continue
                 constants |= {"STREAMS": 2, "BM": 1024}
-                warps = 8
+                options = {"num_warps": 8, "debug": True}
             else:
                 tile = class_tile(num_classes)
-                constants |= {"K": num_classes, "BM": tile.rows, "BC": tile.channels}
-                warps = tile.num_warps
+                constants |= {"BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes)}
+                options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
             for dtype in ("fp32", "bf16"):
+                elements = _elements(kernel, dtype)
+                if "p_target" in elements:
+                    elements |= {"p_target": dtype if call == "soft" else "i64", "p_weight": "fp32", "p_bias": "fp32"}
                 yield Job(
-                    kernel, dtype, num_classes, 0, capability, f"{call}, {warps} warps",
-                    _elements(kernel, dtype) | ({"p_weight": "fp32"} if "HAS_WEIGHT" in constants else {}), constants,
-                    {"num_warps": warps} | ({"maxnreg": BACKWARD_REGISTERS} if "backward" in kernel else {}), False,
+                    kernel, dtype, num_classes, 0, capability, f"{call}, {options['num_warps']} warps", elements,
+                    constants, options, False,
                 )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ import pytest
 from fastbf.kernels.attention_configs import TABLE, config_for, packed_slots, schedule
 from fastbf.kernels.limits import KIB, Limits
 
-A100 = Limits(163 * KIB, 108, (8, 0))
-RTX_4090 = Limits(99 * KIB, 128, (8, 9))
-RTX_5090 = Limits(99 * KIB, 170, (12, 0))
-H100 = Limits(227 * KIB, 132, (9, 0))
-B200 = Limits(227 * KIB, 148, (10, 0))
+A100 = Limits(163 * KIB, 108, (8, 0), 80 * KIB**3)
+RTX_4090 = Limits(99 * KIB, 128, (8, 9), 24 * KIB**3)
+RTX_5090 = Limits(99 * KIB, 170, (12, 0), 32 * KIB**3)
+H100 = Limits(227 * KIB, 132, (9, 0), 80 * KIB**3)
+B200 = Limits(227 * KIB, 148, (10, 0), 180 * KIB**3)
 KERNELS = ("forward_streaming", "backward_query", "backward_key_value", "forward_packed", "backward_packed")
 
 

@@ -1,13 +1,14 @@
 """The classifier's kernels against fp64: in Triton's interpreter on a CPU, compiled where there is a GPU."""
 
 import itertools
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastbf
-from fastbf import checks, chunked_classifier
+from fastbf import checks, classifier
 from fastbf.functional import linear_cross_entropy
 from tests.exact import assert_as_exact, doubled, results
 from tests.triton_case import DEVICE, DTYPES
@@ -15,9 +16,9 @@ from tests.triton_case import DEVICE, DTYPES
 N, C = 11, 9
 
 
-def case(k, forked=True, dtype=torch.float32, ignored=(), n=N):
+def case(k, forked=True, dtype=torch.float32, ignored=(), n=N, soft=False):
     tensors = [torch.randn(shape, device=DEVICE) for shape in ((n * (2 if forked else 1), C), (k, C), (k,))]
-    y = torch.randint(0, k, (n,), device=DEVICE)
+    y = (torch.rand(n, k, device=DEVICE) * 4 / k).to(dtype) if soft else torch.randint(0, k, (n,), device=DEVICE)
     for i in ignored:
         y[i] = -100
     return [t.to(dtype).requires_grad_() for t in tensors], y
@@ -28,15 +29,17 @@ def written_out(x, w, b, y, logit_bias=None, scale=1.0, weight=None, **options):
     if logit_bias is not None:
         logits = logits + logit_bias
     y = y if x.shape[0] == y.shape[0] else torch.cat([y, y])
+    y = y.to(logits.dtype) if y.is_floating_point() else y
     return F.cross_entropy(logits, y, None if weight is None else weight.to(logits.dtype), **options)
 
 
-def check(tensors, y, **options):
+def check(tensors, y, stats=False, **options):
     """Loss and all gradients, by the rule of ``assert_as_exact``; ``logit_bias`` is the last of the tensors."""
 
     def ours(x, w, b, logit_bias):
-        call = {"linear_bias": b, "logit_bias": logit_bias, "backend": "triton", **options}
-        return linear_cross_entropy(x, w, y, **call)
+        call = {"linear_bias": b, "logit_bias": logit_bias, "stats": stats, "backend": "triton", **options}
+        loss = linear_cross_entropy(x, w, y, **call)
+        return loss[0] if stats else loss
 
     def eager(x, w, b, logit_bias):
         return written_out(x, w, b, y, logit_bias, **options)
@@ -47,32 +50,69 @@ def check(tensors, y, **options):
     assert_as_exact(found, theirs, exact, torch.finfo(tensors[0].dtype).eps)
 
 
+#: How rows are worked on: all at once; in chunks, with the logits kept; in chunks, with the logits made again.
+MODES = ("whole", "kept", "recomputed")
+SETTINGS = {
+    "forked": (False, True),
+    "soft": (False, True),
+    "weight": (False, True),
+    "smoothing": (0.0, 0.1),
+    "logit_bias": (False, True),
+    "reduction": ("mean", "sum", "none"),
+    "linear_bias": (False, True),
+    "scale": (1.0, 2.5),
+    "stats": (False, True),
+    "k": (3, 7, 33, 101, 1000, 5000),
+    "mode": MODES,
+    "dtype": DTYPES,
+}
+
+
+@pytest.fixture
+def rows_in(monkeypatch):
+    """Sets how rows are worked on."""
+
+    def choose(mode, rows=4):
+        if mode != "whole":
+            monkeypatch.setattr(classifier, "MIN_ROWS", rows)
+            monkeypatch.setattr(classifier, "CHUNK", 0)
+            monkeypatch.setattr(classifier, "KEPT", 0 if mode == "recomputed" else 1)
+
+    return choose
+
+
 def option_cases():
-    """Every pair of options meets; the number of classes goes through one tile, a part of one, and several."""
-    turns = zip(
-        itertools.product([False, True], [None, "weight"], [0.0, 0.1], [None, "logit_bias"], ["mean", "sum", "none"]),
-        itertools.cycle((7, 101, 2, 33, 5000)),
-        itertools.cycle((1.0, 12.5)),
-        itertools.cycle(DTYPES),
-    )
-    for (forked, weight, smoothing, bias, reduction), k, scale, dtype in turns:
-        yield forked, weight, smoothing, bias, reduction, k, scale, dtype
+    """All combinations of the first six settings, with the rest drawn at random; every pair of any two meets."""
+    names, draw = list(SETTINGS), random.Random(2)
+    cases = [
+        (*first, *(draw.choice(SETTINGS[name]) for name in names[6:]))
+        for first in itertools.product(*(SETTINGS[name] for name in names[:6]))
+    ]
+    for a, b in itertools.combinations(range(len(names)), 2):
+        pairs = set(itertools.product(SETTINGS[names[a]], SETTINGS[names[b]]))
+        assert {(case[a], case[b]) for case in cases} == pairs, (names[a], names[b])
+    return [dict(zip(names, case, strict=True)) for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("forked", "weight", "smoothing", "bias", "reduction", "k", "scale", "dtype"), list(option_cases())
-)
-def test_options(forked, weight, smoothing, bias, reduction, k, scale, dtype, guards):
-    tensors, y = case(k, forked, dtype, ignored=(2, 5))
-    weight = torch.rand(k, device=DEVICE) if weight else None
-    logit_bias = torch.randn(k, device=DEVICE).to(dtype).requires_grad_() if bias else None
-    check([*tensors, logit_bias], y, weight=weight, label_smoothing=smoothing, reduction=reduction, scale=scale)
+@pytest.mark.parametrize("setting", option_cases(), ids=lambda s: "-".join(map(str, s.values())))
+def test_options(setting, guards, rows_in):
+    rows_in(setting["mode"])
+    k, dtype = setting["k"], setting["dtype"]
+    tensors, y = case(k, setting["forked"], dtype, () if setting["soft"] else (2, 5), soft=setting["soft"])
+    if not setting["linear_bias"]:
+        tensors[2] = None
+    weight = torch.rand(k, device=DEVICE) if setting["weight"] else None
+    logit_bias = torch.randn(k, device=DEVICE).to(dtype).requires_grad_() if setting["logit_bias"] else None
+    options = {"weight": weight, "label_smoothing": setting["smoothing"], "reduction": setting["reduction"]}
+    check([*tensors, logit_bias], y, setting["stats"], scale=setting["scale"], **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n", [1, 2, 33, 300])
-@pytest.mark.parametrize("k", [1, 2, 1000, 8142])
-def test_sizes(n, k):
-    tensors, y = case(k, n=n if k < 1000 else min(n, 33))
+@pytest.mark.parametrize("k", [1, 2, 7, 101, 1000, 8142])
+def test_sizes(n, k, mode, rows_in):
+    rows_in(mode, rows=4 if n < 300 else 130)
+    tensors, y = case(k, n=n if k < 1000 else min(n, 33 if mode == "whole" else 3))
     check([*tensors, None], y)
 
 
@@ -94,9 +134,11 @@ def test_gradients_of_any_subset(needs):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_rows_ignored(smoothing, reduction):
+def test_all_rows_ignored(smoothing, reduction, mode, rows_in):
+    rows_in(mode)
     tensors, y = case(7, ignored=range(N))
     options = {"label_smoothing": smoothing, "reduction": reduction}
     ours = linear_cross_entropy(*tensors[:2], y, linear_bias=tensors[2], backend="triton", **options)
@@ -199,20 +241,17 @@ def test_autocast(dtype, weight_dtype):
         assert (a - e).norm() <= 0.02 * e.norm()
 
 
-def test_what_the_kernels_leave_to_pytorch(monkeypatch):
+def test_what_the_kernels_leave_to_pytorch():
     (x, w, _), y = case(7)
-    probabilities = torch.rand(N, 7, device=DEVICE)
+    soft = torch.rand(N, 7, device=DEVICE, requires_grad=True)
     for target, options, reason in (
-        (probabilities, {}, "the target holds probabilities"),
-        (y, {"weight": torch.rand(7, device=DEVICE, requires_grad=True)}, "give class weights no gradient"),
+        (soft, {}, "give probabilities no gradient"),
+        (soft.detach(), {"weight": torch.rand(7, device=DEVICE, requires_grad=True)}, "give class weights no gradient"),
         (y, {"logit_bias": torch.rand(7, device=DEVICE).double()}, "logit_bias is fp64"),
     ):
         with pytest.raises(ValueError, match=reason):
             linear_cross_entropy(x, w, target, backend="triton", **options)
-    assert linear_cross_entropy(x, w, probabilities).isfinite()
-    monkeypatch.setattr(chunked_classifier, "KEEP_LOGITS_BYTES", 100)
-    with pytest.raises(ValueError, match="more than 1 GiB"):
-        linear_cross_entropy(x, w, y, backend="triton")
+        assert linear_cross_entropy(x, w, target, **options).isfinite()
 
 
 def test_shared_classifier():

@@ -166,7 +166,7 @@ def test_what_is_not_finite_stays_in_its_row():
         torch.testing.assert_close(ours.double(), exact, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-H100 = Limits(227 * KIB, 132, (9, 0))
+H100 = Limits(227 * KIB, 132, (9, 0), 80 * KIB**3)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 100, 5000, 1 << 20])
