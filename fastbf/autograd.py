@@ -13,7 +13,7 @@ from torch.autograd import Function
 from fastbf import classifier, ops
 from fastbf.chunks import loss_dtype
 from fastbf.classifier import Head
-from fastbf.context import autocast_dtype, norm_dtype
+from fastbf.context import autocast_dtype, donated, norm_dtype
 from fastbf.dropout import threshold
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Wanted, summed
@@ -177,7 +177,9 @@ class _Classifier(Function):
         x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
         scale = ctx.head.scale
         product_dtypes = x_dtype, _product_dtype(matrix_dtype, ctx.head.compute)
-        grads = ops.classifier_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.head, wanted, product_dtypes)
+        grads = ops.classifier_gradients(
+            grad.contiguous(), *ctx.saved_tensors, ctx.head, wanted, product_dtypes, donated(grad)
+        )
         d_matrix = grads.matrix.to(matrix_dtype) if wanted.matrix else None
         d_bias = (grads.sums if scale == 1 else grads.sums * scale).to(bias_dtype) if wanted.bias else None
         d_logit_bias = grads.sums.to(logit_bias_dtype) if wanted.logit_bias else None

@@ -134,6 +134,11 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
 
 def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Every target is a class or ignored; looks at all of them."""
+    if target.numel() == 0:
+        return
+    least, greatest = torch.aminmax(target)
+    if least.item() >= 0 and greatest.item() < num_classes:
+        return
     bad = target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
     if bad.numel():
         raise ValueError(

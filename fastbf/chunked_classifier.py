@@ -1,7 +1,8 @@
 """The torch backend's classifier loss: linear and cross-entropy in chunks of rows.
 
-An autograd Function that keeps the logits once, in the dtype of the product, or not at all where they are large.
-Asked for a graph of the gradient (double backward), it differentiates the reference.
+An autograd Function that keeps the logits once, in the dtype of the product, or not at all where they are large. Their
+gradient takes their place where backward runs but once. Asked for a graph of the gradient (double backward), it
+differentiates the reference.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import gemm, reference
 from fastbf.chunks import chunk_elements, compute_dtype
-from fastbf.context import no_autocast
+from fastbf.context import donated, no_autocast
 
+# A matrix product has so many rows at least.
 _MIN_ROWS = 512
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
@@ -54,22 +57,16 @@ class _Targets:
             t = t * (1 - self.smoothing) + self.smoothing / self.num_classes
         return t if self.weight is None else t * self.weight
 
-    def indices(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """For class indices: which rows count, the index (0 where ignored), and its class weight."""
-        valid = t != self.ignore_index
-        index = torch.where(valid, t, 0)
-        return valid, index, 1.0 if self.weight is None else self.weight[index]
-
     def loss(self, log_p: Tensor, t: Tensor) -> Tensor:
         """Loss of every row. log_p (R, K) log-probabilities, t the rows' targets → (R,)."""
         if t.is_floating_point():
             return -(self.distribution(t, log_p.dtype) * log_p).sum(-1)
-        valid, index, weight = self.indices(t)
-        loss = -log_p.gather(1, index[:, None])[:, 0] * weight
-        if self.smoothing:
-            uniform = log_p.sum(-1) if self.weight is None else log_p @ self.weight
-            loss = (1 - self.smoothing) * loss - self.smoothing / self.num_classes * uniform
-        return torch.where(valid, loss, 0)
+        loss = F.nll_loss(log_p, t, self.weight, ignore_index=self.ignore_index, reduction="none")
+        if not self.smoothing:
+            return loss
+        uniform = log_p.sum(-1) if self.weight is None else log_p @ self.weight
+        loss = (1 - self.smoothing) * loss - self.smoothing / self.num_classes * uniform
+        return torch.where(t != self.ignore_index, loss, 0)
 
     def d_logits(self, logits: Tensor, t: Tensor, grad: Tensor, out: Tensor) -> None:
         """Writes into ``out`` (R, K) the gradient of Σ grad · loss by the logits: grad · (p · Σ t - t), row by row."""
@@ -78,14 +75,16 @@ class _Targets:
             t = self.distribution(t, logits.dtype)
             d.mul_(t.sum(-1, keepdim=True)).sub_(t).mul_(grad[:, None])
             return
-        valid, index, weight = self.indices(t)
-        grad = torch.where(valid, grad, 0)
-        hit = grad * weight * (1 - self.smoothing)
-        uniform = grad * (self.smoothing / self.num_classes)
-        d.mul_((hit + uniform * self.total_weight)[:, None])
-        if self.smoothing:
-            d -= uniform[:, None] if self.weight is None else uniform[:, None] * self.weight
-        d.scatter_add_(1, index[:, None], -hit[:, None])
+        valid = t != self.ignore_index
+        index, grad = torch.where(valid, t, 0)[:, None], torch.where(valid, grad, 0)[:, None]
+        hit = grad if self.weight is None else grad * self.weight[index]
+        if not self.smoothing:
+            d.mul_(hit)
+        else:
+            hit, uniform = hit * (1 - self.smoothing), grad * (self.smoothing / self.num_classes)
+            d.mul_(hit + uniform * self.total_weight)
+            d -= uniform if self.weight is None else uniform * self.weight
+        d.scatter_add_(1, index, -hit)
 
 
 class _LinearCrossEntropy(Function):
@@ -98,51 +97,54 @@ class _LinearCrossEntropy(Function):
         dtype = compute_dtype(x.dtype)
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
         keep = any(ctx.needs_input_grad) and rows * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
-        products = []
+        z = None
         loss = x.new_empty(rows, dtype=dtype)
         correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
-        for r in _row_chunks(x, num_classes):
+        for r in [range(rows)] if keep else _products(x, num_classes):
             z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
-            if keep:
-                products.append(z)
-            logits = reference.class_logits(z.to(dtype), scale, logit_bias)
-            log_p = torch.log_softmax(logits, -1)
-            for piece, t in targets.pieces(r):
-                at = slice(r.start + piece.start, r.start + piece.stop)
-                loss[at] = targets.loss(log_p[piece], t)
-                if count:
-                    correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, *products)
+            for part in _parts(r, z):
+                logits = reference.class_logits(_within(z, r, part).to(dtype), scale, logit_bias)
+                log_p = torch.log_softmax(logits, -1)
+                for piece, t in targets.pieces(part):
+                    at = slice(part.start + piece.start, part.start + piece.stop)
+                    loss[at] = targets.loss(log_p[piece], t)
+                    if count:
+                        correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z if keep else None)
         ctx.options = (scale, ignore_index, smoothing)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, grad, _):
-        x, linear_weight, linear_bias, logit_bias, target, weight, *products = ctx.saved_tensors
-        scale, ignore_index, smoothing = ctx.options
-        needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
+        x, linear_weight, linear_bias, logit_bias, target, weight, kept = ctx.saved_tensors
+        scale, ignore_index, smoothing = ctx.options
+        needs = ctx.needs_input_grad[:4]
         num_classes = linear_weight.shape[0]
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, grad.dtype)
-        dx = torch.empty_like(x) if needs[0] else None
-        dw = db = None
+        in_place = kept is not None and donated(x)
+        chunks = [range(x.shape[0])] if in_place else list(_products(x, num_classes))
+        room = None if kept is None or in_place else x.new_empty(len(chunks[0]), num_classes)
+        dx = dw = db = None
+        if needs[0] and len(chunks) > 1:
+            dx = torch.empty_like(x)
         with no_autocast(x):
-            for i, r in enumerate(_row_chunks(x, num_classes)):
+            for r in chunks:
                 rows = slice(r.start, r.stop)
-                z = products[i] if products else gemm.linear(x[rows], linear_weight, linear_bias)
-                logits = reference.class_logits(z.to(grad.dtype), scale, logit_bias)
-                d = torch.empty_like(logits)
-                for piece, t in targets.pieces(r):
-                    targets.d_logits(logits[piece], t, grad[rows][piece], out=d[piece])
-                if needs[2] or needs[3]:
-                    db = d.sum(0) if db is None else db + d.sum(0)
-                d = d.to(x.dtype) if scale == 1.0 else d.mul_(scale).to(x.dtype)
+                z = gemm.linear(x[rows], linear_weight, linear_bias) if kept is None else kept[rows]
+                dz = z if room is None else room[: len(r)]
+                sums = _d_products(z, r, targets, grad, scale, logit_bias, needs[2] or needs[3], out=dz)
+                db = sums if db is None else db.add_(sums)
                 if needs[0]:
-                    dx[rows] = gemm.mm(d, linear_weight)
+                    part_of_dx = gemm.mm(dz, linear_weight)
+                    if dx is None:
+                        dx = part_of_dx
+                    else:
+                        dx[rows] = part_of_dx
                 if needs[1]:
-                    dw = _accumulate(dw, d, x[rows], grad.dtype)
+                    dw = gemm.mm(dz.mT, x[rows]) if dw is None else gemm.add_mm(dw.to(grad.dtype), dz.mT, x[rows])
         return (
             dx,
             None if dw is None else dw.to(linear_weight.dtype),
@@ -152,14 +154,26 @@ class _LinearCrossEntropy(Function):
         )
 
 
-def _accumulate(total: Tensor | None, d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + dᵀ x, where partial sums of half-precision products are kept in fp32."""
-    part = gemm.mm(d.mT, x)
-    return part if total is None else total.to(dtype).add_(part)
+def _d_products(
+    z: Tensor, rows: range, targets: _Targets, grad: Tensor, scale: float, logit_bias: Tensor | None, wanted: bool, *,
+    out: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Writes into ``out`` the gradient of the products z, which hold ``rows``; returns the sum of that of the logits
+    over rows, if ``wanted``."""
+    sums = None
+    for part in _parts(rows, z):
+        logits = reference.class_logits(_within(z, rows, part).to(grad.dtype), scale, logit_bias)
+        d = torch.empty_like(logits)
+        for piece, t in targets.pieces(part):
+            targets.d_logits(logits[piece], t, grad[part.start : part.stop][piece], out=d[piece])
+        if wanted:
+            sums = d.sum(0) if sums is None else sums.add_(d.sum(0))
+        _within(out, rows, part).copy_(d if scale == 1.0 else d.mul_(scale))
+    return sums
 
 
 def _differentiable_backward(ctx, grad: Tensor):
-    x, linear_weight, linear_bias, logit_bias, target, weight, *_ = ctx.saved_tensors
+    x, linear_weight, linear_bias, logit_bias, target, weight, _ = ctx.saved_tensors
     scale, ignore_index, smoothing = ctx.options
     needs = ctx.needs_input_grad[:4]
     # Aliases: where one input was computed from another, only the direct dependence is wanted here.
@@ -182,11 +196,25 @@ def _differentiable_backward(ctx, grad: Tensor):
     return *(next(grads) if need else None for need in needs), *[None] * 6
 
 
-def _row_chunks(x: Tensor, num_classes: int) -> Iterator[range]:
+def _products(x: Tensor, num_classes: int) -> Iterator[range]:
+    """The rows of each matrix product where not all are done at once."""
     elements = 2 * chunk_elements(x.device, compute_dtype(x.dtype))
-    step = max(_MIN_ROWS, elements // num_classes)
-    for start in range(0, x.shape[0], step):
-        yield range(start, min(start + step, x.shape[0]))
+    return _cut(range(x.shape[0]), max(_MIN_ROWS, elements // num_classes))
+
+
+def _parts(rows: range, z: Tensor) -> Iterator[range]:
+    """Rows of which so few are worked on at a time between two products that they stay in cache."""
+    return _cut(rows, max(1, chunk_elements(z.device, compute_dtype(z.dtype)) // z.shape[1]))
+
+
+def _cut(rows: range, step: int) -> Iterator[range]:
+    for start in range(rows.start, rows.stop, step):
+        yield range(start, min(start + step, rows.stop))
+
+
+def _within(z: Tensor, rows: range, part: range) -> Tensor:
+    """Of z, which holds ``rows``, those of ``part``."""
+    return z[part.start - rows.start : part.stop - rows.start]
 
 
 def linear_cross_entropy_rows(

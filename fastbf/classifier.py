@@ -1,8 +1,8 @@
 """The shared classifier's loss as matrix products and kernels, forward and backward, on plain tensors.
 
 The logits are kept once, in the dtype of the product that makes them, as long as that takes no more than a share of the
-device's memory; above it they are made in chunks of rows, and made again in backward. Their gradient is made in chunks
-of rows in either case. Most calls are one chunk.
+device's memory; above it they are made in chunks of rows, and made again in backward. Their gradient takes the place of
+the logits, or, where these are needed once more because the graph is retained, is made in chunks of rows beside them.
 
 Source: DESIGN sections 1 and 6.
 """
@@ -122,8 +122,8 @@ def forward(
     with no_autocast(x):
         if narrow:
             torch._foreach_copy_([to for to, _ in narrow], [t for _, t in narrow])
-        every = slice(0, x.shape[0])
-        chunks = [every] if head.keep else list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
+        every = [slice(0, x.shape[0])]
+        chunks = every if head.keep else list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
         buffer = made.z if head.keep else _buffer(x, num_classes, chunks[0])
         for rows in chunks:
             z = buffer[: rows.stop - rows.start, :num_classes]
@@ -164,7 +164,7 @@ class Gradients(NamedTuple):
 def backward(
     grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
     target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: Wanted,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, torch.dtype], donated: bool = False,
 ) -> Gradients:  # fmt: skip
     """The gradients of one call.
 
@@ -175,19 +175,20 @@ def backward(
         bias, target, weight, logit_bias, head: as in forward.
         wanted: which gradients; at least one.
         dtypes: of x's gradient, and of the weight's, fp32 or that of the products.
+        donated: whether z may be overwritten, which spares its gradient room of its own.
     """
     options, num_classes = head.options(weight, bias, logit_bias), matrix.shape[0]
     dx = torch.empty_like(x) if wanted.x else None
     d_matrix = sums = None
-    chunks = list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
-    buffer = _buffer(x, num_classes, chunks[0])
+    in_place = head.keep and donated  # the kernel writes to each element after it has read it
+    every = [slice(0, x.shape[0])]
+    chunks = every if in_place else list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
+    buffer = z if in_place else _buffer(x, num_classes, chunks[0])
     with no_autocast(x):
         for rows in chunks:
             dz = buffer[: rows.stop - rows.start, :num_classes]
-            if head.keep:
-                logits = z[rows, :num_classes]
-            else:
-                logits = dz  # the kernel writes to each element after it has read it
+            logits = z[rows, :num_classes] if head.keep else dz
+            if not head.keep:
                 linear_into(x[rows], matrix, None, logits)
             partials = None
             if wanted.sums:

@@ -58,3 +58,14 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether a transform of ``torch.func`` looks on, or ``torch.compile``, which sees better through operators too."""
     return torch.compiler.is_compiling() or transformed()
+
+
+def donated(x: Tensor) -> bool:
+    """Whether the backward that is running may use up what was saved for it: nothing will read that again.
+
+    Not where the graph is retained, where a CUDA graph is captured, which may replay this backward, or under a
+    compiler. x: a tensor on the device.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

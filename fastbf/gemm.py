@@ -1,12 +1,14 @@
 """Matrix products of the torch backend.
 
-On CPU, fp32 products of PyTorch go to MKL, whose path for other vendors' processors leaves half of them idle
-(measured on a 2-core AMD EPYC with AVX-512: MKL 130–200 GFLOP/s, oneDNN 200–420, over the shapes of an encoder
-layer; torch 2.13.0, 2026-11-23). PyTorch ships oneDNN too, so plain CPU fp32 products go there. Everything else is
-PyTorch's own.
+On CPU, fp32 products of PyTorch go to MKL, whose kernels for AMD's processors stop at AVX2. PyTorch ships oneDNN too,
+which has some for AVX-512: on such a processor plain CPU fp32 products go there (measured on two cores of one, over the
+shapes of an encoder layer: MKL 130–200 GFLOP/s, oneDNN 200–420; on two cores of an AMD EPYC without AVX-512, MKL
+80–165, oneDNN 70–135; torch 2.13.0, 2026-11-23). Everything else is PyTorch's own.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastbf.context import traced
+from fastbf.environment import cpu_name
+
+
+@cache
+def _suits_onednn() -> bool:
+    """Whether this processor is one on which oneDNN is the quicker library."""
+    return "AMD" in cpu_name() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _onednn(*tensors: Tensor) -> bool:
@@ -28,6 +37,7 @@ def _onednn(*tensors: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _suits_onednn()
     )
 
 
@@ -47,6 +57,13 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if not torch.is_grad_enabled() and _onednn(a, b):
         return _onednn_linear(a, b.mT, None)
     return torch.mm(a, b)
+
+
+def add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a · b, in total's dtype, which may be wider than that of a and b. Nothing is recorded by autograd."""
+    if total.dtype != a.dtype or _onednn(a, b):
+        return total.add_(mm(a, b))
+    return total.addmm_(a, b)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -316,13 +316,12 @@ def _classifier_backward(
 def classifier_gradients(
     grad: Tensor, x: Tensor, matrix: Tensor, z: Tensor, of_rows: Tensor, total: Tensor, bias: Tensor | None,
     target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: classifier.Wanted,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, torch.dtype], donated: bool,
 ) -> classifier.Gradients:  # fmt: skip
     """``fastbf.classifier.backward``."""
-    found = iter(
-        _classifier_backward(
-            grad, x, matrix, z, of_rows, total, bias, target, weight, logit_bias, list(wanted), *dtypes, *head
-        )
-    )
+    tensors = grad, x, matrix, z, of_rows, total, bias, target, weight, logit_bias
+    if donated:  # what overwrites an argument is no operator
+        return classifier.backward(*tensors, head, wanted, dtypes, donated=True)
+    found = iter(_classifier_backward(*tensors, list(wanted), *dtypes, *head))
     kinds = (wanted.x, wanted.matrix, wanted.sums)
     return classifier.Gradients(*(next(found) if want else None for want in kinds))

@@ -175,8 +175,7 @@ def linear_cross_entropy_terms(
     label_smoothing: float = 0.0,
 ) -> tuple[CrossEntropyTerms, Tensor]:
     """Cross-entropy of logits = scale · (input · Wᵀ + b) + logit_bias; the terms and the logits (M, K)."""
-    product = F.linear(input, linear_weight, linear_bias)
-    logits = class_logits(product.to(compute_dtype(product.dtype)), scale, logit_bias)
+    logits = linear_logits(input, linear_weight, linear_bias, scale=scale, logit_bias=logit_bias)
     terms = cross_entropy_terms(
         logits,
         target,
@@ -185,6 +184,15 @@ def linear_cross_entropy_terms(
         label_smoothing=label_smoothing,
     )
     return terms, logits
+
+
+def linear_logits(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, scale: float, logit_bias: Tensor | None,
+    linear: Callable[..., Tensor] = F.linear,
+) -> Tensor:  # fmt: skip
+    """scale · (input · Wᵀ + b) + logit_bias, the product in its own dtype and the rest in fp32 or wider. (M, K)."""
+    product = linear(input, linear_weight, linear_bias)
+    return class_logits(product.to(compute_dtype(product.dtype)), scale, logit_bias)
 
 
 def class_logits(z: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:

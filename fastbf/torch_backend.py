@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf import chunked_attention, chunked_classifier, gemm, reference
-from fastbf.chunks import compute_dtype, loss_dtype
+from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype
 from fastbf.context import autocast, autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
 
@@ -71,29 +71,37 @@ def encoder_layer(
 
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
-    logit_bias: Tensor | None, reduction: str, ignore_index: int, forked: bool, stats: bool, **options: float,
+    logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
+    stats: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
     """The loss, and with ``stats`` each stream's loss and accuracy."""
     rows, num_classes = input.shape[:-1], linear_weight.shape[0]
     probabilities = target.is_floating_point()
     target = target.reshape(-1, num_classes) if probabilities else target.flatten()
-    norm = reference.row_norm(target, weight, ignore_index, compute_dtype(input.dtype))
     x, linear_weight, linear_bias = autocast(input.flatten(0, -2), linear_weight, linear_bias)
-    options |= {
-        "linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias, "ignore_index": ignore_index
-    }  # fmt: skip
+    compute = compute_dtype(x.dtype)
+    dtype = compute if autocast_dtype(input) else loss_dtype(x.dtype, target, logit_bias)
+    kind = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     unusual = target.requires_grad or (weight is not None and weight.requires_grad) or x.shape[0] == 0
-    if unusual or traced():
+    small = x.shape[0] * num_classes <= chunk_elements(x.device, compute)
+    right = None
+    if unusual or small or traced():
         repeated = torch.cat([target, target]) if forked else target
-        terms, logits = reference.linear_cross_entropy_terms(x, linear_weight, repeated, **options)
-        loss, right = terms.loss, reference.correct(logits, repeated, ignore_index)[0] if stats else None
+        logits = reference.linear_logits(
+            x, linear_weight, linear_bias, scale=scale, logit_bias=logit_bias, linear=gemm.linear
+        )
+        factor = None if weight is None else weight.to(logits.dtype)
+        if not stats:
+            loss = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
+            return (loss.view(rows) if reduction == "none" else loss).to(dtype), None
+        loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
+        right, _ = reference.correct(logits, repeated, ignore_index)
     else:
         loss, right = chunked_classifier.linear_cross_entropy_rows(
-            x, linear_weight, target, **options, count_correct=stats
-        )
-    norm = norm.to(loss.dtype)
-
-    dtype = loss.dtype if autocast_dtype(input) else loss_dtype(x.dtype, target, logit_bias)
+            x, linear_weight, target, linear_bias=linear_bias, weight=weight, logit_bias=logit_bias, scale=scale,
+            **kind, count_correct=stats,
+        )  # fmt: skip
+    norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
     total = norm.sum() * (2 if forked else 1)
     reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
     result = reduced[reduction]().to(dtype)

@@ -38,8 +38,9 @@ def assert_same(ours, theirs, tensors, **tolerance):
     expected = torch.autograd.grad(theirs, tensors, grad)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True, **tolerance)
-    again = torch.autograd.grad(ours, tensors, grad)
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(actual, again, strict=True))
+    again = torch.autograd.grad(ours, tensors, grad)  # which may use up what was saved, and so work in other chunks
+    for a, e in zip(again, expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, **tolerance)
 
 
 OPTIONS = list(

@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from fastbf import gemm
 
 
+@pytest.fixture(autouse=True, params=["mkl", "onednn"])
+def _library(request, monkeypatch):
+    """Whatever this processor prefers."""
+    monkeypatch.setattr(gemm, "_suits_onednn", lambda: request.param == "onednn")
+
+
 def matrices(dtype):
     wide = torch.randn(33, 70, dtype=dtype)
     return [wide, wide[:, 3:60], torch.randn(70, 33, dtype=dtype).mT, torch.randn(33, 1, dtype=dtype)]
@@ -48,7 +54,8 @@ def test_slices_are_made_dense_for_onednn():
     assert gemm._dense(whole[:, :6]).is_contiguous()
 
 
-def test_the_public_switch_turns_onednn_off():
+def test_the_public_switch_turns_onednn_off(monkeypatch):
+    monkeypatch.setattr(gemm, "_suits_onednn", lambda: True)
     x = torch.randn(3, 4)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not gemm._onednn(x)
@@ -69,3 +76,11 @@ def test_error_at_the_papers_width():
     with torch.no_grad():
         ours, eager = ((r.double() - exact).norm() for r in (gemm.mm(a, b), a @ b))
     assert ours <= 2 * eager + torch.finfo(torch.float32).eps * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_add_up_in_place(dtype):
+    a, b, total = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype), torch.randn(5, 3)
+    expected = total + torch.mm(a, b)
+    assert gemm.add_mm(total, a, b) is total
+    torch.testing.assert_close(total, expected)

@@ -86,18 +86,22 @@ def test_encoder(n, norm_first, fork, compute):
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_classifier(compute, reduction):
-    x, matrix, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 16), (7, 16), (7,)))
-    target, weight = torch.arange(6, device=DEVICE), torch.rand(7, device=DEVICE)
-    head = Head(2, reduction, 2.0, 3, 0.1, True, compute, torch.float32)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+def test_classifier(compute, reduction, keep, soft):
+    """Eight classes: what pads the rows of others is in no result."""
+    x, matrix, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 16), (8, 16), (8,)))
+    target, weight = torch.arange(6, device=DEVICE), torch.rand(8, device=DEVICE)
+    if soft:
+        target = torch.rand(6, 8, device=DEVICE)
+    head = Head(2, reduction, 2.0, 3, 0.1, True, keep, compute, torch.float32)
     loss, _, total, *rest = check("_classifier_forward", x, matrix, bias, target, weight, bias, *head)
     *_, z, of_rows = rest
+    assert z.shape == (12 if keep else 0, 8)
     dtypes = (torch.float32, torch.float32)
-    factors = [t.to(compute) for t in (x, matrix)]
+    saved = [*(t.to(compute) for t in (x, matrix)), z, of_rows, total, bias, target, weight, bias]
     for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True]):
-        check(
-            "_classifier_backward", loss, *factors, z, of_rows, total, target, weight, bias, wanted, *dtypes, *head
-        )  # fmt: skip
+        check("_classifier_backward", loss, *saved, wanted, *dtypes, *head)
 
 
 def test_every_operator_is_checked():
