@@ -33,7 +33,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest bench/test_pairs.py -s
-	$(RUN) -m pytest bench/test_step.py bench/test_host.py
+	$(RUN) -m pytest bench/test_step.py bench/test_losses.py bench/test_host.py -rs
 
 dist: $(READY)
 	$(RUN) -m build

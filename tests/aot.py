@@ -1,7 +1,8 @@
 """``python -m tests.aot``: compiles every kernel at every committed configuration, without a GPU.
 
 Checks what the machine code says of itself: no spilled register, shared memory within what the device allows a program,
-tensor-core instructions where they are meant. Prints a table; the exit status is 0 if all is well.
+tensor-core instructions, wide loads and assertions where they are meant. Prints a table; the exit status is 0 if all is
+well.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Result(NamedTuple):
     spill: int  #: bytes of local memory a thread
     shared: int  #: bytes a program
     tensor_core: int  #: instructions
+    missing: str = ""  #: what is not in it and should be
     error: str = ""
 
 
@@ -60,7 +62,7 @@ def build(job: Job) -> Result:
             options=job.options,
         )
     except Exception as error:
-        return Result(0, 0, 0, 0, f"{type(error).__name__}: {error}"[:300])
+        return Result(0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:300])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -73,6 +75,7 @@ def build(job: Job) -> Result:
         used["STACK"] + used["LOCAL"],
         compiled.metadata.shared,
         sum(bool(TENSOR_CORE.match(op)) for op in opcodes),
+        ", ".join(text for text in job.meant if text not in code),
     )
 
 
@@ -90,6 +93,8 @@ def fault(job: Job, result: Result) -> str:
         return f"needs {result.shared} bytes of shared memory"
     if (result.tensor_core > 0) != job.tensor_cores:
         return f"has {result.tensor_core} tensor-core instructions"
+    if result.missing:
+        return f"has no {result.missing}"
     return ""
 
 

@@ -44,6 +44,7 @@ class Job(NamedTuple):
     constants: dict[str, object]
     options: dict[str, int]  #: warps, stages, registers
     tensor_cores: bool  #: whether their instructions are meant to be there
+    meant: tuple[str, ...] = ()  #: what else is meant to be in the machine code
 
 
 def _elements(kernel: str, dtype: str, narrow: str | None = None) -> dict[str, str]:
@@ -144,6 +145,8 @@ def _activation_jobs() -> Iterator[Job]:
 
 #: Of the classifier: odd, even, a multiple of 8, more than a tile, a row that takes many of them.
 CLASSES = (7, 101, 250, 512, 1000, 8142)
+#: Loads of 16 bytes, however odd the number of classes, if they are more than the threads.
+WIDE = ("LDG.E.128",)
 #: The options that a call of the classifier's loss sets: none, all of class indices, all of probabilities.
 OPTIONS = {
     "plain": "HAS_BIAS MEAN SUMS",
@@ -163,18 +166,18 @@ def _classifier_jobs() -> Iterator[Job]:
                 if call == "soft":
                     continue
                 constants |= {"STREAMS": 2, "BM": 1024}
-                options = {"num_warps": 8, "debug": True}
+                options, meant = {"num_warps": 8, "debug": True}, ("__assertfail",)
             else:
                 tile = class_tile(num_classes)
                 constants |= {"BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes)}
-                options = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}
+                options, meant = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}, WIDE if num_classes > 32 else ()
             for dtype in ("fp32", "bf16"):
                 elements = _elements(kernel, dtype)
                 if "p_target" in elements:
                     elements |= {"p_target": dtype if call == "soft" else "i64", "p_weight": "fp32", "p_bias": "fp32"}
                 yield Job(
                     kernel, dtype, num_classes, 0, capability, f"{call}, {options['num_warps']} warps", elements,
-                    constants, options, False,
+                    constants, options, False, meant,
                 )  # fmt: skip
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastbf
+from fastbf import classifier
+from fastbf.functional import linear_cross_entropy
 from tests import paper
 from tests.memory import PeakMemory
+from tests.triton_case import DEVICE
 
 
 def peak(step):
@@ -32,6 +36,51 @@ def test_no_higher_than_the_papers(n, c, k):
     ours = peak(lambda: run(lambda: classifier.loss(former(x), y), former, classifier))
     print(f"peak at N={n} C={c} K={k}: paper {theirs / 2**20:.1f} MiB, fastbf {ours / 2**20:.1f} MiB")
     assert ours <= theirs
+
+
+def classifier_peak(loss, m, c, k, retain=False):
+    """Of the loss of M forked rows and its gradients, these included."""
+    x, w = torch.randn(m, c, device=DEVICE, requires_grad=True), torch.randn(k, c, device=DEVICE, requires_grad=True)
+    b, y = torch.zeros(k, device=DEVICE, requires_grad=True), torch.randint(0, k, (m // 2,), device=DEVICE)
+    return peak(lambda: torch.autograd.grad(loss(x, w, b, y), (x, w, b), retain_graph=retain))
+
+
+def plain(x, w, b, y):
+    return F.cross_entropy(F.linear(x, w, b), torch.cat([y, y]))
+
+
+def on(backend):
+    return lambda x, w, b, y: linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+
+
+@pytest.mark.parametrize(("m", "c", "k"), [(256, 2048, 1000), (2048, 64, 8142), (1024, 32, 50_000)])
+def test_the_torch_backend_of_the_classifier(m, c, k):
+    """No more than plain PyTorch where the logits are small next to the gradients; half of it where they are not."""
+    ours, theirs = classifier_peak(on("torch"), m, c, k), classifier_peak(plain, m, c, k)
+    print(f"peak at M={m} C={c} K={k}: plain {theirs / 2**20:.1f} MiB, fastbf {ours / 2**20:.1f} MiB")
+    assert ours <= (1 if k < c else 0.6) * theirs
+
+
+M, C, K = 64, 16, 1000
+LOGITS, GRADIENTS = M * K * 4, (M * C + K * C + K) * 4
+REST = 16 * M * 4 + 20 * K * 4  # numbers of rows, partial sums
+
+
+@pytest.mark.parametrize(("retain", "buffers"), [(False, 1), (True, 2)])
+def test_the_kernels_of_the_classifier(retain, buffers):
+    """One tensor of the logits' size, two if the graph is retained; plain PyTorch has three."""
+    ours, theirs = classifier_peak(on("triton"), M, C, K, retain), classifier_peak(plain, M, C, K, retain)
+    assert buffers * LOGITS < ours - GRADIENTS < buffers * LOGITS + REST
+    assert theirs - GRADIENTS > 2.5 * LOGITS
+
+
+def test_the_kernels_of_the_classifier_in_chunks(monkeypatch):
+    """One chunk of logits."""
+    monkeypatch.setattr(classifier, "MIN_ROWS", 8)
+    monkeypatch.setattr(classifier, "CHUNK", 0)
+    monkeypatch.setattr(classifier, "KEPT", 0)
+    product = K * C * 4  # of one chunk, on its way to the weight's gradient
+    assert classifier_peak(on("triton"), M, C, K) - GRADIENTS < LOGITS / 8 + product + REST
 
 
 def test_counts_what_is_alive():

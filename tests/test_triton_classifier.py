@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 import fastbf
 from fastbf import checks, classifier
 from fastbf.functional import linear_cross_entropy
+from fastbf.kernels import cross_entropy
 from tests.exact import assert_as_exact, doubled, results
 from tests.triton_case import DEVICE, DTYPES
 
@@ -173,6 +176,7 @@ def test_extreme_inputs(value):
         torch.testing.assert_close(a, e, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stops a GPU, see below")
 def test_an_index_out_of_range_is_not_read_and_shows(monkeypatch):
     (x, w, b), y = case(7)
     y[3] = 10**12
@@ -209,7 +213,9 @@ def test_the_first_of_equal_logits_counts(others):
         assert call[1].accuracy == right
 
 
-def test_strides():
+@pytest.mark.parametrize("mode", MODES)
+def test_strides(mode, rows_in):
+    rows_in(mode)
     x = torch.randn(C, 2 * N, 5, device=DEVICE, requires_grad=True)
     w = torch.randn(C, 7, device=DEVICE, requires_grad=True)
     logit_bias = torch.randn(7, 2, device=DEVICE)[:, 0]
@@ -252,6 +258,68 @@ def test_what_the_kernels_leave_to_pytorch():
         with pytest.raises(ValueError, match=reason):
             linear_cross_entropy(x, w, target, backend="triton", **options)
         assert linear_cross_entropy(x, w, target, **options).isfinite()
+
+
+def test_contrastive_use_replaces_four_losses():
+    """The queries of MoCo v3 with BatchFormer, plain and mixed, of two views, against the other view's keys."""
+    q1, m1, q2, m2, k1, k2 = (F.normalize(torch.randn(N, C, device=DEVICE), dim=1).requires_grad_() for _ in range(6))
+    labels, tau, tensors = torch.arange(N, device=DEVICE), 0.2, (q1, m1, q2, m2, k1, k2)
+    four = sum(F.cross_entropy(q @ k.T / tau, labels) for q, k in ((q1, k2), (m1, k2), (q2, k1), (m2, k1)))
+    calls = (((q1, m1), k2), ((q2, m2), k1))
+    options = {"scale": 1 / tau, "backend": "triton"}
+    ours = sum(2 * linear_cross_entropy(torch.cat(q), k, labels, **options) for q, k in calls)
+    torch.testing.assert_close(ours, four)
+    for a, e in zip(*(torch.autograd.grad(loss, tensors) for loss in (ours, four)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+def test_another_number_of_keys_compiles_nothing(monkeypatch):
+    """Of a contrastive loss it is the batch length."""
+    seen = set()
+    monkeypatch.setattr(cross_entropy, "launch", lambda kernel, *_: seen.add((kernel, *_[-1].values())))
+    for keys in (520, 776, 1024):
+        x, w = torch.randn(8, C, device=DEVICE, requires_grad=True), torch.randn(keys, C, device=DEVICE)
+        linear_cross_entropy(x, w, torch.arange(8, device=DEVICE), backend="triton").backward()
+    assert len(seen) == 3  # kernels
+
+
+def test_the_graph_may_be_retained():
+    """What backward overwrites if it cannot come again, it leaves alone if it can."""
+    tensors, y = case(101)
+    loss = linear_cross_entropy(*tensors[:2], y, linear_bias=tensors[2], backend="triton")
+    found = [torch.autograd.grad(loss, tensors, retain_graph=retain) for retain in (True, True, False)]
+    for grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, tensors)
+
+
+def test_offsets_past_two_to_the_31():
+    """A row stride of 2^29 elements, of which few are touched, takes the last row past what 32 bits hold."""
+    z, y = torch.randn(5, 7, device=DEVICE), torch.arange(5, device=DEVICE)
+    wide = torch.empty(5 * 2**29, dtype=torch.float16, device=DEVICE).as_strided((5, 7), (2**29, 1))
+    narrow = torch.empty(5, 8, dtype=torch.float16, device=DEVICE)[:, :7]
+    options = cross_entropy.Options(None, None, None, 1.0, -100, 0.0)
+    made = []
+    for t in (wide, narrow):
+        t.copy_(z)
+        of_rows, grad = torch.empty(cross_entropy.ROW, 5, device=DEVICE), torch.ones(1, device=DEVICE)
+        cross_entropy.forward(t, y, options, count=True, first=0, of_rows=of_rows)
+        cross_entropy.backward(grad, t, y, of_rows, options, total=None, first=0, dz=t, sums=None)
+        made.append((of_rows, t))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has no device-side assertions")
+def test_an_index_out_of_range_stops_the_gpu():
+    """In a process of its own, whose device is lost."""
+    code = (
+        "import torch, fastbf.functional as functional; x, y = torch.randn(4, 8).cuda(), torch.tensor([0, 1, 2, 9]);"
+        "functional.linear_cross_entropy(x, x, y.cuda(), backend='triton').item()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "a class index in target is out of range" in run.stderr
 
 
 def test_shared_classifier():
