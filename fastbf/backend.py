@@ -44,9 +44,14 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-@traced_as_constant
+@cache  # a search of the file system
+def _found(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+@traced_as_constant  # and so no cache itself, through which a compiler would look
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    return _found("triton")
 
 
 @traced_as_constant
@@ -57,7 +62,7 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@traced_as_constant  # and so no cache itself, through which a compiler would look
+@traced_as_constant
 def _gpu_obstacle(device: torch.device) -> str | None:
     """Why kernels cannot run on a GPU, whatever the call."""
     return _tried(device)

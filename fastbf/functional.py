@@ -325,11 +325,18 @@ def linear_cross_entropy(
     ``stats``. An input with twice as many rows as the target is a fork: its two halves, plain and mixed, share the
     target, which is not copied.
 
-    The Triton backend takes class indices with fp32, fp16 and bf16 and logits of up to 1 GiB, keeps the product
-    input · linear_weightᵀ in its own dtype, makes its gradient beside it, and cannot be differentiated twice. An index
-    out of range, which on a GPU nobody waits to look for, makes the loss NaN. The torch backend works in row chunks,
-    keeps the product for backward up to 1 GiB and computes it again above. Both take statistics and sums in fp32 (fp64
-    for fp64).
+    Neither backend holds more of the logits (M, K) than it must; the shape decides how:
+
+    - Triton: fp32, fp16 and bf16. Logits of up to 1/16 of the GPU's memory (5 GiB of 80) are kept for backward, in the
+      dtype of the product, and their gradient takes their place, or, while the graph is retained or captured as a CUDA
+      graph, stands beside them in row chunks. Larger ones are made in row chunks of 1/64 of the memory and made again in backward, which is a third
+      more products. Cannot be differentiated twice.
+    - torch: logits that stay in cache (2 million elements on a CPU) go through ``F.cross_entropy`` as they are. Up to 1
+      GiB they are kept likewise, and larger ones are made again, in row chunks, in backward.
+
+    So where K ≤ C, and gradients take more room than logits, both do what plain PyTorch does, with fewer passes over
+    them. Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU,
+    where nobody waits to look for it, the loss is NaN and a device-side assertion fails, as in PyTorch.
 
     Args:
         input: (M, …, C), floating point.
