@@ -329,14 +329,14 @@ def linear_cross_entropy(
 
     - Triton: fp32, fp16 and bf16. Logits of up to 1/16 of the GPU's memory (5 GiB of 80) are kept for backward, in the
       dtype of the product, and their gradient takes their place, or, while the graph is retained or captured as a CUDA
-      graph, stands beside them in row chunks. Larger ones are made in row chunks of 1/64 of the memory and made again in backward, which is a third
-      more products. Cannot be differentiated twice.
+      graph, stands beside them in row chunks. Larger ones are made in row chunks of 1/64 of the memory and made again
+      in backward, which is a third more products. Cannot be differentiated twice.
     - torch: logits that stay in cache (2 million elements on a CPU) go through ``F.cross_entropy`` as they are. Up to 1
       GiB they are kept likewise, and larger ones are made again, in row chunks, in backward.
 
-    So where K ≤ C, and gradients take more room than logits, both do what plain PyTorch does, with fewer passes over
-    them. Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU,
-    where nobody waits to look for it, the loss is NaN and a device-side assertion fails, as in PyTorch.
+    So where K ≤ C, and gradients take more room than logits, both compute the products that plain PyTorch computes.
+    Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU, where
+    nobody waits to look for it, the loss is NaN and a device-side assertion fails, as in PyTorch.
 
     Args:
         input: (M, …, C), floating point.
