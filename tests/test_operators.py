@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import fastbf
-from fastbf import backend, encoder, functional, ops
+from fastbf import backend, classifier, encoder, functional, ops
 from fastbf.classifier import Head
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_weights import Factors, cast_factors
@@ -199,6 +199,22 @@ def test_a_whole_step_compiles():
         return loss + 0 * stats.loss.sum()
 
     assert_compiled_is_the_same(step, x, [*former.parameters(), *classifier.parameters()], backend="aot_eager")
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_loss_of_probabilities_compiles(kept, monkeypatch):
+    """With the logits kept, and made again in chunks."""
+    monkeypatch.setattr(classifier, "KEPT", kept)
+    monkeypatch.setattr(classifier, "CHUNK", 0)
+    monkeypatch.setattr(classifier, "MIN_ROWS", 5)
+    x, w = torch.randn(12, 16, device=DEVICE, requires_grad=True), torch.randn(7, 16, device=DEVICE, requires_grad=True)
+    y = torch.rand(6, 7, device=DEVICE)
+
+    def function(x):
+        loss, stats = functional.linear_cross_entropy(x, w, y, label_smoothing=0.1, stats=True, backend="triton")
+        return loss + stats.accuracy.sum()
+
+    assert_compiled_is_the_same(function, x, [w], exact=False, backend="aot_eager")
 
 
 def test_functions_compile():

@@ -119,6 +119,24 @@ def test_sizes(n, k, mode, rows_in):
     check([*tensors, None], y)
 
 
+def test_a_million_classes():
+    tensors, y = case(1_000_000, forked=False, n=1)
+    check([*tensors, None], y)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="2^32 logits are too many for the interpreter")
+@pytest.mark.parametrize("mode", MODES)
+def test_more_logits_than_32_bits_count(mode, rows_in):
+    rows_in(mode, rows=8192)
+    x, w = torch.randn(131_072, 64, device=DEVICE), torch.randn(32_768, 64, device=DEVICE) / 8
+    y = torch.randint(0, 32_768, (65_536,), device=DEVICE)
+    x, w = (t.bfloat16().requires_grad_() for t in (x, w))
+    calls = [linear_cross_entropy(x, w, y, backend=backend) for backend in ("triton", "torch")]
+    torch.testing.assert_close(*calls, rtol=1e-2, atol=1e-2)
+    for a, e in zip(*(torch.autograd.grad(loss, (x, w)) for loss in calls), strict=True):
+        assert (a - e).norm() <= 0.02 * e.norm()
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
 def test_gradients_of_any_subset(needs):
     tensors, y = case(7)
@@ -181,10 +199,13 @@ def test_an_index_out_of_range_is_not_read_and_shows(monkeypatch):
     (x, w, b), y = case(7)
     y[3] = 10**12
     monkeypatch.setattr(checks, "class_indices", lambda *_: None)  # which no GPU waits for
+    finish, of_rows = cross_entropy.finish, []
+    monkeypatch.setattr(cross_entropy, "finish", lambda rows, **to: (of_rows.append(rows), finish(rows, **to)))
     loss, _ = linear_cross_entropy(x, w, y, linear_bias=b, reduction="none", stats=True, backend="triton")
     bad = torch.zeros(2 * N, dtype=torch.bool, device=DEVICE)
     bad[[3, N + 3]] = True
     assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(of_rows[0][4] == -1, bad)  # on which a GPU's assertion fails
     (dx,) = torch.autograd.grad(loss.sum(), x)
     assert torch.equal(dx.isnan().all(1), bad)
     assert dx[~bad].isfinite().all()
