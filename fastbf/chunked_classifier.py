@@ -110,7 +110,8 @@ class _LinearCrossEntropy(Function):
                     loss[at] = targets.loss(log_p[piece], t)
                     if count:
                         correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z if keep else None)
+            z = z if keep else None  # gone before the next product takes its room
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z)
         ctx.options = (scale, ignore_index, smoothing)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -145,6 +146,7 @@ class _LinearCrossEntropy(Function):
                         dx[rows] = part_of_dx
                 if needs[1]:
                     dw = gemm.mm(dz.mT, x[rows]) if dw is None else gemm.add_mm(dw.to(grad.dtype), dz.mT, x[rows])
+                del z, dz
         return (
             dx,
             None if dw is None else dw.to(linear_weight.dtype),

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastbf
-from fastbf import classifier
+from fastbf import chunked_classifier, classifier
+from fastbf.chunks import chunk_elements
 from fastbf.functional import linear_cross_entropy
 from tests import paper
 from tests.memory import PeakMemory
@@ -59,6 +60,15 @@ def test_the_torch_backend_of_the_classifier(m, c, k):
     ours, theirs = classifier_peak(on("torch"), m, c, k), classifier_peak(plain, m, c, k)
     print(f"peak at M={m} C={c} K={k}: plain {theirs / 2**20:.1f} MiB, fastbf {ours / 2**20:.1f} MiB")
     assert ours <= (1 if k < c else 0.6) * theirs
+
+
+def test_the_torch_backend_in_chunks(monkeypatch):
+    """One chunk of logits at a time where they are not kept: half of the rows."""
+    monkeypatch.setattr(chunked_classifier, "KEEP_LOGITS_BYTES", 0)
+    rows, c, k = 1024, 4, 50_000
+    gradients = (rows * c + 3 * k * c + k) * 4  # the weight's, what a chunk adds to it, and the sum
+    parts = 2 * chunk_elements(torch.device("cpu"), torch.float32) * 4  # between two products
+    assert classifier_peak(on("torch"), rows, c, k) < gradients + rows * k * 4 / 2 + 1.1 * parts
 
 
 M, C, K = 64, 16, 1000
