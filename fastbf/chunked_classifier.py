@@ -102,14 +102,7 @@ class _LinearCrossEntropy(Function):
         correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
         for r in [range(rows)] if keep else _products(x, num_classes):
             z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
-            for part in _parts(r, z):
-                logits = reference.class_logits(_within(z, r, part).to(dtype), scale, logit_bias)
-                log_p = torch.log_softmax(logits, -1)
-                for piece, t in targets.pieces(part):
-                    at = slice(part.start + piece.start, part.start + piece.stop)
-                    loss[at] = targets.loss(log_p[piece], t)
-                    if count:
-                        correct[at] = reference.correct(logits[piece], t, ignore_index)[0]
+            _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
             z = z if keep else None  # gone before the next product takes its room
         ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z)
         ctx.options = (scale, ignore_index, smoothing)
@@ -154,6 +147,21 @@ class _LinearCrossEntropy(Function):
             db.to(logit_bias.dtype) if needs[3] else None,
             *[None] * 6,
         )
+
+
+def _losses(
+    z: Tensor, rows: range, targets: _Targets, scale: float, logit_bias: Tensor | None, *, loss: Tensor,
+    correct: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the ``rows`` that the products z hold into the loss of every row, and into whether it is right."""
+    for part in _parts(rows, z):
+        logits = reference.class_logits(_within(z, rows, part).to(loss.dtype), scale, logit_bias)
+        log_p = torch.log_softmax(logits, -1)
+        for piece, t in targets.pieces(part):
+            at = slice(part.start + piece.start, part.start + piece.stop)
+            loss[at] = targets.loss(log_p[piece], t)
+            if correct is not None:
+                correct[at] = reference.correct(logits[piece], t, targets.ignore_index)[0]
 
 
 def _d_products(
