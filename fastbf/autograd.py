@@ -13,7 +13,7 @@ from torch.autograd import Function
 from fastbf import classifier, ops
 from fastbf.chunks import loss_dtype
 from fastbf.classifier import Head
-from fastbf.context import autocast_dtype, donated, norm_dtype
+from fastbf.context import autocast_dtype, differentiated, donated, norm_dtype
 from fastbf.dropout import threshold
 from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Wanted, summed
@@ -292,10 +292,12 @@ def linear_cross_entropy(
     autocasts = autocast_dtype(input)
     compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
     rows = input.flatten(0, -2)
+    keep = differentiated(input, linear_weight, linear_bias, logit_bias) and classifier.keeps(
+        rows.shape[0], num_classes, compute, input.device
+    )
     target = target.reshape(-1, num_classes) if target.is_floating_point() else target.flatten()
     head = Head(
-        2 if forked else 1, reduction, scale, ignore_index, label_smoothing, stats,
-        classifier.keeps(rows.shape[0], num_classes, compute, input.device), compute,
+        2 if forked else 1, reduction, scale, ignore_index, label_smoothing, stats, keep, compute,
         torch.float32 if autocasts else loss_dtype(input.dtype, target, logit_bias),
     )  # fmt: skip
     x, target, linear_bias, weight, logit_bias = _dense(rows, target, linear_bias, weight, logit_bias)

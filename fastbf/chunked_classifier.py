@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from fastbf import gemm, reference
 from fastbf.chunks import chunk_elements, compute_dtype
-from fastbf.context import donated, no_autocast
+from fastbf.context import differentiated, donated, no_autocast
 
 # A matrix product has so many rows at least.
 _MIN_ROWS = 512
@@ -92,11 +92,12 @@ class _LinearCrossEntropy(Function):
     input · Wᵀ + b in its own dtype unless that passes ``KEEP_LOGITS_BYTES``."""
 
     @staticmethod
-    def forward(ctx, x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, smoothing, count):
+    def forward(
+        ctx, x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, smoothing, count, keep
+    ):
         rows, num_classes = x.shape[0], linear_weight.shape[0]
         dtype = compute_dtype(x.dtype)
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
-        keep = any(ctx.needs_input_grad) and rows * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
         z = None
         loss = x.new_empty(rows, dtype=dtype)
         correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
@@ -145,7 +146,7 @@ class _LinearCrossEntropy(Function):
             None if dw is None else dw.to(linear_weight.dtype),
             (db * scale).to(linear_bias.dtype) if needs[2] else None,
             db.to(logit_bias.dtype) if needs[3] else None,
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
@@ -203,7 +204,7 @@ def _differentiable_backward(ctx, grad: Tensor):
     )
     inputs = [t for t, need in zip((x, linear_weight, linear_bias, logit_bias), needs, strict=True) if need]
     grads = iter(torch.autograd.grad(terms.loss, inputs, grad.to(terms.loss.dtype), create_graph=True))
-    return *(next(grads) if need else None for need in needs), *[None] * 6
+    return *(next(grads) if need else None for need in needs), *[None] * 7
 
 
 def _products(x: Tensor, num_classes: int) -> Iterator[range]:
@@ -247,8 +248,10 @@ def linear_cross_entropy_rows(
     """
     if logit_bias is not None:
         logit_bias = logit_bias.to(compute_dtype(x.dtype))
+    size = x.shape[0] * linear_weight.shape[0] * x.dtype.itemsize
+    keep = differentiated(x, linear_weight, linear_bias, logit_bias) and size <= KEEP_LOGITS_BYTES
     with no_autocast(x):
         return _LinearCrossEntropy.apply(
             x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, label_smoothing,
-            count_correct,
+            count_correct, keep,
         )  # fmt: skip

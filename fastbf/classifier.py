@@ -184,6 +184,8 @@ def backward(
     every = [slice(0, x.shape[0])]
     chunks = every if in_place else list(_chunks(x.shape[0], num_classes, x.dtype, x.device))
     buffer = z if in_place else _buffer(x, num_classes, chunks[0])
+    if in_place:
+        torch.autograd.graph.increment_version(z)  # should this fail half-way, autograd knows that z is gone
     with no_autocast(x):
         for rows in chunks:
             dz = buffer[: rows.stop - rows.start, :num_classes]

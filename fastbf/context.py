@@ -60,6 +60,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def donated(x: Tensor) -> bool:
     """Whether the backward that is running may use up what was saved for it: nothing will read that again.
 

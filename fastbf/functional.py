@@ -328,11 +328,12 @@ def linear_cross_entropy(
     Neither backend holds more of the logits (M, K) than it must; the shape decides how:
 
     - Triton: fp32, fp16 and bf16. Logits of up to 1/16 of the GPU's memory (5 GiB of 80) are kept for backward, in the
-      dtype of the product, and their gradient takes their place, or, while the graph is retained or captured as a CUDA
-      graph, stands beside them in row chunks. Larger ones are made in row chunks of 1/64 of the memory and made again
-      in backward, which is a third more products. Cannot be differentiated twice.
-    - torch: logits that stay in cache (2 million elements on a CPU) go through ``F.cross_entropy`` as they are. Up to 1
-      GiB they are kept likewise, and larger ones are made again, in row chunks, in backward.
+      dtype of the product, and their gradient takes their place, or, where the graph is retained, compiled or captured
+      as a CUDA graph, stands beside them in row chunks of 1/64 of the memory (512 rows at least). Larger ones are made
+      in such chunks and made again in backward, which is a third more products. Cannot be differentiated twice.
+    - torch: few logits (2 million elements on a CPU, which stay in cache; 64 million on a GPU) go through
+      ``F.cross_entropy`` as they are. Up to 1 GiB they are kept likewise, and larger ones are made again, in row
+      chunks, in backward.
 
     So where K ≤ C, and gradients take more room than logits, both compute the products that plain PyTorch computes.
     Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU, where
@@ -355,7 +356,8 @@ def linear_cross_entropy(
         backend: see the module's docstring.
 
     Returns:
-        The loss: a scalar, or (M, …) for "none", in the dtype of eager PyTorch (fp32 under autocast); with ``stats``
+        The loss: a scalar, or (M, …) for "none", in the dtype that eager PyTorch gives without class
+            weights (fp32 under autocast); with ``stats``
         the pair (loss, :class:`LossStats`). Accuracy is of the logits as defined above, logit_bias included.
 
     Raises:

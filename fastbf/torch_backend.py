@@ -102,7 +102,9 @@ def linear_cross_entropy(
             **kind, count_correct=stats,
         )  # fmt: skip
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
-    total = norm.sum() * (2 if forked else 1)
+    each = norm.sum()  # of a stream
+    each = torch.where(each == 0, torch.nan, each)  # nothing counts, though smoothing may have left a loss
+    total = each * (2 if forked else 1)
     reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
     result = reduced[reduction]().to(dtype)
     if not stats:
@@ -110,4 +112,4 @@ def linear_cross_entropy(
     streams = loss.detach().view(2 if forked else 1, -1)
     counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
     accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result, (streams.sum(-1) / norm.sum().detach(), accuracy)
+    return result, (streams.sum(-1) / each.detach(), accuracy)

@@ -195,6 +195,12 @@ def cross_entropy_forward(
     tl.store(p_rows + 5 * of_all, mass, mask=inside)
 
 
+@triton.jit
+def _mean(loss, total):
+    """loss / total; NaN where nothing counts, though smoothing may have left a loss."""
+    return tl.where(total == 0.0, float("nan"), loss / total)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def cross_entropy_finish(
     p_rows, p_loss, p_total, p_stats,
@@ -221,12 +227,12 @@ def cross_entropy_finish(
             right += tl.where(code > 1.0, 1.0, 0.0)
         tl.device_assert(lowest >= 0.0, "fastbf linear_cross_entropy: a class index in target is out of range")
         stream_loss, stream_norm = tl.sum(losses, 0), tl.sum(norms, 0)
-        tl.store(p_stats + stream, stream_loss / stream_norm)
+        tl.store(p_stats + stream, _mean(stream_loss, stream_norm))
         tl.store(p_stats + STREAMS + stream, tl.sum(right, 0) / tl.sum(counted, 0))
         loss += stream_loss
         total += stream_norm
     if MEAN:
-        loss = loss / total
+        loss = _mean(loss, total)
     tl.store(p_loss, loss.to(p_loss.dtype.element_ty))
     tl.store(p_total, total)
 

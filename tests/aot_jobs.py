@@ -171,7 +171,7 @@ def _classifier_jobs() -> Iterator[Job]:
                 tile = class_tile(num_classes)
                 constants |= {"BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes)}
                 options, meant = {"num_warps": tile.num_warps, "maxnreg": REGISTERS}, WIDE if num_classes > 32 else ()
-            for dtype in ("fp32", "bf16"):
+            for dtype in {"plain": ("bf16",), "all": ("fp32", "bf16"), "soft": ("fp16",)}[call]:
                 elements = _elements(kernel, dtype)
                 if "p_target" in elements:
                     elements |= {"p_target": dtype if call == "soft" else "i64", "p_weight": "fp32", "p_bias": "fp32"}

@@ -6,11 +6,11 @@ from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
 from fastbf.reference import LayerMasks
 
 
-def results(op, tensors, grad):
+def results(op, tensors, grad, retain_graph=False):
     """The output of ``op`` and the gradients of those tensors that require one."""
     out = op(*tensors)
     wanted = [t for t in tensors if t is not None and t.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype), retain_graph=retain_graph)]
 
 
 def doubled(tensors):
