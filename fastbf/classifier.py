@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbf.context import no_autocast, traced_as_constant
 from fastbf.kernels import cross_entropy
 from fastbf.kernels.limits import device_limits
-from fastbf.products import add_weight_gradient, linear_into, weight_gradient
+from fastbf.products import add_weight_gradient, linear_into, product_into, weight_gradient
 
 #: Shares of the device's memory: how much the logits that are kept for backward may take (5 GiB of 80), and how much of
 #: logits, or of their gradient, is made at a time (1.25 GiB).
@@ -178,7 +178,7 @@ def backward(
         donated: whether z may be overwritten, which spares its gradient room of its own.
     """
     options, num_classes = head.options(weight, bias, logit_bias), matrix.shape[0]
-    dx = torch.empty_like(x) if wanted.x else None
+    dx = torch.empty(x.shape, dtype=dtypes[0], device=x.device) if wanted.x else None
     d_matrix = sums = None
     in_place = head.keep and donated  # the kernel writes to each element after it has read it
     every = [slice(0, x.shape[0])]
@@ -201,7 +201,7 @@ def backward(
                 first=rows.start, dz=dz, sums=partials,
             )  # fmt: skip
             if wanted.x:
-                torch.mm(dz, matrix, out=dx[rows])
+                product_into(dz, matrix, dx[rows])
             if wanted.matrix and d_matrix is None:
                 # What several chunks add up is fp32 until it is whole.
                 d_matrix = weight_gradient(dz, x[rows], dtypes[1] if len(chunks) == 1 else torch.float32)
@@ -210,6 +210,4 @@ def backward(
             if wanted.sums:
                 part = partials.sum(0)
                 sums = part if sums is None else sums.add_(part)
-    return Gradients(
-        dx.to(dtypes[0]) if wanted.x else None, d_matrix.to(dtypes[1]) if wanted.matrix else None, sums
-    )  # fmt: skip
+    return Gradients(dx, d_matrix.to(dtypes[1]) if wanted.matrix else None, sums)

@@ -14,6 +14,16 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a · b; where out is fp32 and a and b are not, the product itself writes that if the device can do so."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dyᵀ x in ``dtype``, fp32 or that of dy and x; the product itself gives it where the device can do that."""
     if dtype == dy.dtype:

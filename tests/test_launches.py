@@ -7,11 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastbf
 from fastbf import checks
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
+from tests.launches import launches
 from tests.triton_case import DEVICE
 
 N, C, K = 40, 32, 10
-FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "reshape")
-FREE += ("promote_types",)
 
 
 class Launches(TorchDispatchMode):
@@ -24,9 +23,8 @@ class Launches(TorchDispatchMode):
             monkeypatch.setattr(module, "launch", lambda kernel, *_: self.names.append(kernel.fn.__name__))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(FREE):
-            self.names.append(name)
+        if launches(func):
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
     def take(self):
@@ -51,11 +49,11 @@ PRE = (
 def test_layer_and_fork(norm_first, forked, monkeypatch):
     former = fastbf.BatchFormer(C, backend="triton", norm_first=norm_first, forked=forked, device=DEVICE)
     x = torch.randn(N * (2 if forked else 1), C, device=DEVICE, requires_grad=True)
-    with Launches(monkeypatch) as launches:
+    with Launches(monkeypatch) as counted:
         out = former(x)
-        forward = launches.take()
+        forward = counted.take()
         torch.autograd.grad(out, [x, *former.parameters()], torch.ones_like(out).detach())
-        backward = launches.take()
+        backward = counted.take()
     expected = PRE if norm_first else POST
     assert forward == expected[0]
     assert sorted(backward[1:]) == sorted(expected[1])  # the first makes the gradient
@@ -66,7 +64,7 @@ def test_autocast_adds_one_launch_for_all_casts(monkeypatch):
     x = torch.randn(N, C, device=DEVICE, requires_grad=True)
     with Launches(monkeypatch) as launches, torch.autocast(DEVICE.type, torch.float16):
         former(x)
-    assert launches.names == [POST[0][0], "_foreach_copy_", *POST[0][1:]]
+    assert counted.names == [POST[0][0], "_foreach_copy_", *POST[0][1:]]
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -77,11 +75,11 @@ def test_a_training_step(stats, monkeypatch):
     classifier = fastbf.SharedClassifier(C, K, backend="triton", device=DEVICE)
     x = torch.randn(N, C, device=DEVICE, requires_grad=True)
     y = torch.arange(N, device=DEVICE) % K
-    with Launches(monkeypatch) as launches:
+    with Launches(monkeypatch) as counted:
         loss = classifier.loss(former(x), y, stats=stats)
-        forward = launches.take()
+        forward = counted.take()
         (loss[0] if stats else loss).backward()
-        backward = launches.take()
+        backward = counted.take()
     assert forward == [*POST[0], "mm", "cross_entropy_forward", "cross_entropy_finish"]
     assert sorted(backward) == sorted(["ones_like", "cross_entropy_backward", "mm", "mm", "sum", *POST[1]])
     assert len(forward) <= 12
