@@ -62,7 +62,7 @@ def test_layer_and_fork(norm_first, forked, monkeypatch):
 def test_autocast_adds_one_launch_for_all_casts(monkeypatch):
     former = fastbf.BatchFormer(C, backend="triton", device=DEVICE)
     x = torch.randn(N, C, device=DEVICE, requires_grad=True)
-    with Launches(monkeypatch) as launches, torch.autocast(DEVICE.type, torch.float16):
+    with Launches(monkeypatch) as counted, torch.autocast(DEVICE.type, torch.float16):
         former(x)
     assert counted.names == [POST[0][0], "_foreach_copy_", *POST[0][1:]]
 
