@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The Triton of the oldest torch that is supported, beside the pinned one.
 OLD_TRITON := $(VENV)/triton-3.6.0
 
-.PHONY: demo test lint aot bench dist clean
+.PHONY: demo test lint aot bench targets gpu report dist clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,16 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 
 bench: $(READY)
-	$(RUN) -m pytest bench/test_pairs.py -s
-	$(RUN) -m pytest bench/test_step.py bench/test_losses.py bench/test_host.py -rs
+	$(RUN) -m pytest bench -rs
+
+targets: $(READY)
+	$(RUN) -m pytest bench/targets.py -s
+
+gpu: $(READY)
+	PYTHON=$(RUN) bench/gpu.sh out/gpu
+
+report: $(READY)
+	$(RUN) -m bench report
 
 dist: $(READY)
 	$(RUN) -m build

@@ -23,7 +23,7 @@ setup(
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "demo": ["matplotlib", "scikit-learn", "tqdm"],
-        "bench": ["pytest", "pytest-benchmark"],
+        "bench": ["matplotlib", "pytest", "pytest-benchmark", "tqdm"],
         "test": [
             "numpy",
             "pytest",

@@ -211,7 +211,8 @@ def key_value_passes(config: Config) -> tuple[tuple[bool, bool], ...]:
     return ((True, False), (False, True)) if config.reload else ((True, True),)
 
 
-def _architecture(limits: Limits) -> int:
+def architecture(limits: Limits) -> int:
+    """As in the table's keys."""
     if limits.shared_memory < 227 * KIB:
         return 80
     return 90 if limits.capability < (10, 0) else 100
@@ -226,7 +227,7 @@ def config_for(kernel: str, n: int, m: int, groups: int, head_dim: int, itemsize
         itemsize: bytes per element, 2 or 4.
         limits: of the device.
     """
-    by_head_dim = TABLE[kernel, itemsize, _architecture(limits)]
+    by_head_dim = TABLE[kernel, itemsize, architecture(limits)]
     configs = by_head_dim[min(d for d in by_head_dim if d >= head_dim)]
     for config in configs:
         block, rows = (config.block_n, m) if kernel == "backward_key_value" else (config.block_m, n)

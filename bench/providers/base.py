@@ -1,0 +1,112 @@
+"""What a provider is: it turns a problem into a callable, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bench.ops import Inputs, Problem
+
+
+class Unavailable(RuntimeError):
+    """Why a provider cannot serve a problem here, in a sentence."""
+
+
+class Case(NamedTuple):
+    """A problem in a provider's hands."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]  #: gradients are taken of these, in the order of the problem's inputs
+    note: str = ""  #: how it differs from what was asked for
+
+    def gradients(self, out: Tensor, grad: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """Of the leaves, given that of the result."""
+        return torch.autograd.grad(out, self.leaves, grad, retain_graph=retain_graph)
+
+
+class Provider(Protocol):
+    """Computes some ops."""
+
+    name: str
+    about: str
+    ops: tuple[str, ...]
+
+    def case(self, problem: Problem, inputs: Inputs) -> Case:
+        """The problem ready to run.
+
+        Raises:
+            Unavailable: not installed, not for this device, dtype or size.
+        """
+        ...
+
+
+def runs(case: Case, mode: str) -> Callable[[], object]:
+    """What is timed: forward keeps what backward needs; backward goes over a retained graph; both do neither."""
+    out = case.forward()
+    grad = torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
+    if mode == "forward":
+        return case.forward
+    if mode == "backward":
+        return lambda: case.gradients(out, grad, retain_graph=True)
+    return lambda: case.gradients(case.forward(), grad)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The same as one CUDA graph, whose replays cost the host next to nothing.
+
+    Raises:
+        RuntimeError: it does what a graph cannot hold.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+#: How far from fp64 a result may be, in the Euclidean norm: a TF32 product is 3e-4 off, a bf16 one 3e-3, and what is
+#: left out altogether, such as a bias, far more.
+TOLERANCE = {"fp32": 3e-3, "bf16": 3e-2, "fp16": 1e-2, "amp": 3e-2}
+
+
+def differs(provider: Provider, reference: Provider, problem: Problem) -> str:
+    """How a provider's results and gradients differ from the reference's in fp64, in words; empty if they do not.
+
+    Args:
+        problem: without dropout; :meth:`Problem.reduced` is quick.
+
+    Raises:
+        Unavailable: the provider cannot serve it.
+    """
+    wanted = _results(reference, problem.exact(), problem.inputs())
+    results = _results(provider, problem, problem.inputs())
+    for name, result in results.items():
+        error = ((result.double() - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-30)).item()
+        if not error <= TOLERANCE[problem.dtype]:
+            return f"its {name} is off by {error:.1e}"
+    return ""
+
+
+def _results(provider: Provider, problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """The result and the gradient of each leaf, by name."""
+    if problem.dtype == "fp64":
+        inputs = inputs._replace(leaves=[t.detach().double().requires_grad_() for t in inputs.leaves])
+    case = provider.case(problem, inputs)
+    out = case.forward()
+    torch.manual_seed(1)
+    grad = torch.ones_like(out) if out.dim() == 0 else torch.randn(out.shape).to(out)
+    names = [f"gradient {i}" for i in range(len(case.leaves))]
+    return {"result": out.detach(), **dict(zip(names, case.gradients(out, grad), strict=True))}

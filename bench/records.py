@@ -1,0 +1,140 @@
+"""Measurements as rows of a tidy CSV."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+from fastbf.environment import device_name, version
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+class Environment(NamedTuple):
+    """Where and when something was measured."""
+
+    device: str
+    device_type: str
+    driver: str
+    cuda: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
+    date: str
+
+
+class Record(NamedTuple):
+    """One measurement, or the note why there is none. Times in milliseconds, rates and memory as their names say."""
+
+    op: str
+    workload: str
+    n: int
+    positions: int
+    c: int
+    k: int
+    dtype: str
+    dropout: float
+    mode: str  #: forward, backward or both
+    capture: str  #: eager, or graph where a CUDA graph was replayed
+    provider: str
+    status: str  #: measured, skipped or failed
+    note: str
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
+    calls: int
+    peak_mib: float | None
+    flops: float  #: of the matrix products
+    bytes: float  #: that must be read and written
+    gbytes_per_s: float | None  #: the latter over the median
+    tflops_per_s: float | None
+    copy_gbytes_per_s: float | None  #: the ceilings, measured in the same run
+    product_tflops_per_s: float | None
+    share: float | None  #: of the median, what the ceilings allow at best
+
+
+_NUMBERS = {name for name, kind in get_type_hints(Record).items() if kind is not str}
+Row = dict[str, object]
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
+
+
+def _commit() -> str:
+    """The commit, with a plus if the package is not as it holds it; without git, a digest of the sources."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "fastbf", "kernels"], capture_output=True, text=True, check=True
+        )
+        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        digest = hashlib.sha1()
+        for path in sorted((*ROOT.glob("fastbf/*.py"), *ROOT.glob("kernels/*.py"))):
+            digest.update(path.read_bytes())
+        return f"sources {digest.hexdigest()[:10]}"
+
+
+def environment(device: torch.device) -> Environment:
+    """Of this run."""
+    return Environment(
+        device_name(device), device.type, _driver() if device.type == "cuda" else "", torch.version.cuda or "",
+        torch.__version__, version("triton"), platform.python_version(), _commit(), str(datetime.date.today()),
+    )  # fmt: skip
+
+
+def file_name(command: str, where: Environment) -> str:
+    """One for each command and device: a later run replaces it."""
+    return f"{command}-{slug(where.device)}.csv"
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write(path: Path, where: Environment, records: Iterable[Record]) -> Iterator[Record]:
+    """Passes the records on, each one written to the file first, so that a run cut short leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([*Environment._fields, *Record._fields])
+        for record in records:
+            rows.writerow([*where, *(_short(value) for value in record)])
+            file.flush()
+            yield record
+
+
+def _short(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """Every row of the files, numbers as numbers and empty ones None."""
+    rows = []
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                rows.append({key: _number(value) if key in _NUMBERS else value for key, value in row.items()})
+    return rows
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None

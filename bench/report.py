@@ -1,0 +1,126 @@
+"""The README's tables and the pictures, from the CSV files and nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from bench import pictures
+from bench.providers import OURS
+from bench.records import Row, read
+
+OUR_NAMES = tuple(p.name for p in OURS)
+
+
+def make(paths: Iterable[Path], readme: Path, folder: Path) -> list[Path]:
+    """Fills the README's marked blocks and draws the pictures; returns what was written.
+
+    A block stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is step, loss or another op,
+    memory, host or pictures. What was not measured is not mentioned.
+    """
+    rows = [r for r in read(paths) if "op" in r]  # tuning has other columns
+    drawn = pictures.draw(rows, folder)
+    text = readme.read_text()
+
+    def fill(match: re.Match) -> str:
+        block = _block(match["name"], rows, [path.relative_to(readme.parent) for path in drawn] if drawn else [])
+        return f"<!-- bench:{match['name']} -->\n{block}\n<!-- /bench:{match['name']} -->"
+
+    pattern = re.compile(r"<!-- bench:(?P<name>\w+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
+    readme.write_text(pattern.sub(fill, text))
+    return [readme, *drawn]
+
+
+def _block(name: str, rows: list[Row], drawn: list[Path]) -> str:
+    if name == "pictures":
+        return "\n".join(f"![{path.stem.replace('-', ' ')}]({path.as_posix()})" for path in drawn)
+    if name == "host":
+        return _by_machine([r for r in rows if r["mode"] == "host"], _host)
+    rows = [r for r in rows if r["mode"] == "both" and r["status"] == "measured"]
+    if name == "memory":
+        return _by_machine([r for r in rows if r["op"] == "step" and r["peak_mib"] is not None], _memory)
+    return _by_machine([r for r in rows if r["op"] == name and r["p50_ms"] is not None], _times)
+
+
+def _by_machine(rows: list[Row], table) -> str:
+    """A table for each run, with a line that says where and when; GPUs first."""
+
+    def machine(r: Row) -> tuple[str, ...]:
+        return r["device_type"] != "cuda", r["device"], r["torch"], r["triton"], r["commit"], r["date"]
+
+    parts = []
+    for (_, device, torch, triton, commit, date), group in groupby(sorted(rows, key=machine), key=machine):
+        parts += [table(list(group)), f"{device}, torch {torch}, triton {triton}, commit {commit}, {date}."]
+    gpu = any(r["device_type"] == "cuda" for r in rows)
+    return "\n\n".join(parts + ([] if gpu else ["Not measured on a GPU yet."]))
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def _problems(rows: list[Row]) -> Iterable[list[Row]]:
+    """The rows of each problem, in the order in which they were measured."""
+    problems: dict[tuple, list[Row]] = {}
+    for r in rows:
+        problems.setdefault((r["workload"], r["dtype"], r["dropout"]), []).append(r)
+    return problems.values()
+
+
+def label(r: Row) -> str:
+    """A provider, and whether its graph was replayed."""
+    return r["provider"] + (", graph" if r["capture"] == "graph" else "")
+
+
+def size(r: Row) -> str:
+    """A workload and its sizes."""
+    parts = [f"N={r['n']:.0f}", f"L={r['positions']:.0f}" * (r["positions"] > 1), f"C={r['c']:.0f}"]
+    return f"{r['workload']}: " + " ".join(filter(None, [*parts, f"K={r['k']:.0f}" * (r["k"] > 0)]))
+
+
+def best(rows: list[Row], ours: bool) -> Row | None:
+    """The fastest of ours, or of the others."""
+    return min((r for r in rows if (r["provider"] in OUR_NAMES) == ours), key=lambda r: r["p50_ms"], default=None)
+
+
+def _times(rows: list[Row]) -> str:
+    """Ours beside the paper's code and the best of the others."""
+    lines, over_paper, over_best = [], [], []
+    for group in _problems(rows):
+        ours, peer = best(group, True), best(group, False)
+        paper = next((r for r in group if label(r) == "paper"), None)
+        if ours is None or paper is None:
+            continue
+        over_paper.append(paper["p50_ms"] / ours["p50_ms"])
+        over_best.append(peer["p50_ms"] / ours["p50_ms"])
+        times = [f"{paper['p50_ms']:.3g}", *(f"{r['p50_ms']:.3g} ({label(r)})" for r in (peer, ours))]
+        ratios = [f"{over_paper[-1]:.2f}", f"{over_best[-1]:.2f}"]
+        lines.append([size(ours), ours["dtype"], *times, *ratios, f"{ours['share']:.0%}"])
+    if len(lines) > 1:
+        lines.append(["geometric mean", "", "", "", "", f"{_mean(over_paper):.2f}", f"{_mean(over_best):.2f}", ""])
+    head = ["workload", "dtype", "paper's code, ms", "best other, ms", "fastbf, ms", "over paper's", "over best other"]
+    return _markdown([*head, "share of the limit"], lines)
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def _memory(rows: list[Row]) -> str:
+    """Peak memory of ours and of the paper's code."""
+    lines = []
+    for group in _problems(rows):
+        ours = min((r["peak_mib"] for r in group if r["provider"] in OUR_NAMES), default=None)
+        paper = next((r["peak_mib"] for r in group if label(r) == "paper"), None)
+        if ours is not None and paper is not None:
+            lines.append([size(group[0]), group[0]["dtype"], f"{paper:.4g}", f"{ours:.4g}", f"{ours / paper:.2f}"])
+    return _markdown(["workload", "dtype", "paper's code, peak MiB", "fastbf, peak MiB", "quotient"], lines)
+
+
+def _host(rows: list[Row]) -> str:
+    """What launches and steps cost the host."""
+    lines = [[f"{r['op']}, {r['dtype']}", r["provider"], f"{r['p50_ms'] * 1e3:.3g}"] for r in rows]
+    return _markdown(["what", "by", "host time, µs"], lines)

@@ -1,0 +1,166 @@
+"""From problems and providers to records: checks, times, counts."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from bench import ceilings, timing
+from bench.ops import OPS, Problem, compulsory_bytes
+from bench.providers import PROVIDERS, Provider, Unavailable, captured, differs, runs
+from bench.records import Record
+
+MIB = 2**20
+
+
+class Plan(NamedTuple):
+    """What to measure of each problem."""
+
+    providers: tuple[str, ...]
+    modes: tuple[str, ...]
+    captures: tuple[str, ...]
+    seconds: float  #: for each measurement
+    timed: bool = True  #: else memory alone
+    max_flops: float = float("inf")  #: problems of more are skipped
+
+
+class Cell(NamedTuple):
+    """One measurement to make."""
+
+    problem: Problem
+    mode: str
+    capture: str
+    provider: str
+
+
+def cells(problems: list[Problem], plan: Plan) -> list[list[Cell]]:
+    """The measurements, those that belong side by side together."""
+    groups = []
+    for problem, mode, capture in itertools.product(problems, plan.modes, plan.captures):
+        group = [
+            Cell(problem, mode, capture, name) for name in plan.providers if problem.op in PROVIDERS[name].ops
+        ]  # fmt: skip
+        if group:
+            groups.append(group)
+    return groups
+
+
+def measure(groups: list[list[Cell]], plan: Plan, progress: Callable[[str], None]) -> Iterator[Record]:
+    """Makes the measurements; ``progress`` hears of each.
+
+    A CPU's providers are held together, to take turns; a GPU's come one after another, so that each has its memory.
+    """
+    limits: dict[torch.dtype, ceilings.Ceilings] = {}
+    for group in groups:
+        problem = group[0].problem
+        if plan.timed and problem.compute not in limits:
+            limits[problem.compute] = ceilings.measure(problem.device, problem.compute, plan.seconds)
+        limit = limits.get(problem.compute)
+        for together in [group] if problem.device.type == "cpu" else [[cell] for cell in group]:
+            yield from _together(together, plan, limit, progress)
+
+
+def _together(
+    group: list[Cell], plan: Plan, limit: ceilings.Ceilings | None, progress: Callable[[str], None]
+) -> Iterator[Record]:
+    ready, results = {}, {}
+    for cell in group:
+        progress(f"{cell.problem.op} {cell.problem.workload.name} {cell.mode} {cell.provider}")
+        try:
+            ready[cell] = _prepare(cell, plan)
+        except Exception as error:
+            results[cell] = _reason(error)
+    if ready and plan.timed:
+        try:
+            taken = timing.times({c.provider: r.run for c, r in ready.items()}, group[0].problem.device, plan.seconds)
+        except Exception as error:
+            results |= dict.fromkeys(ready, _reason(error))
+            ready, taken = {}, {}
+    for cell in group:
+        if cell in ready:
+            yield _record(cell, ready[cell], taken[cell.provider] if plan.timed else [], limit)
+        else:
+            yield _missing(cell, *results[cell])
+    ready.clear()
+    gc.collect()
+    if group[0].problem.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Ready(NamedTuple):
+    run: timing.Run
+    peak: int | None
+    nbytes: int
+    note: str
+
+
+def _prepare(cell: Cell, plan: Plan) -> _Ready:
+    """Compared with fp64, warmed up, memory counted."""
+    problem, provider = cell.problem, PROVIDERS[cell.provider]
+    on_gpu = problem.device.type == "cuda"
+    if cell.capture == "graph" and not on_gpu:
+        raise Unavailable("CUDA graphs need a GPU")
+    if (flops := OPS[problem.op].flops(problem.workload, cell.mode)) > plan.max_flops:
+        raise Unavailable(f"{flops:.1e} floating-point operations are more than --max-flops {plan.max_flops:.1e}")
+    wrong = _differs(provider, problem.reduced())
+    if wrong:
+        raise Unavailable(f"not the same computation: {wrong}")
+    inputs = problem.inputs()
+    case = provider.case(problem, inputs)
+    run = runs(case, cell.mode)
+    if cell.capture == "graph":
+        run = captured(run)
+    run()
+    # A compiled function runs eagerly where a CPU's operators are watched.
+    peak = timing.peak_memory(run, problem.device) if on_gpu or not cell.provider.startswith("compile") else None
+    if cell.capture == "graph":
+        peak = None  # of a graph's own pool, which it keeps
+    with torch.no_grad():
+        out = case.forward()
+    return _Ready(run, peak, compulsory_bytes(inputs, out, cell.mode), case.note)
+
+
+@cache
+def _differs(provider: Provider, problem: Problem) -> str:
+    return differs(provider, PROVIDERS["paper"], problem)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """(status, note)."""
+    if isinstance(error, Unavailable):
+        return "skipped", str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed", "out of memory"
+    text = " ".join(str(error).split())
+    return "failed", f"{type(error).__name__}: {text[:160]}"
+
+
+def _record(cell: Cell, ready: _Ready, taken: list[float], limit: ceilings.Ceilings | None) -> Record:
+    flops = OPS[cell.problem.op].flops(cell.problem.workload, cell.mode)
+    peak = None if ready.peak is None else ready.peak / MIB
+    if not taken:
+        return Record(*_key(cell), "measured", ready.note, None, None, None, 0, peak, flops, ready.nbytes, *[None] * 5)
+    p20, p50, p80 = timing.quantiles(taken)
+    return Record(
+        *_key(cell), "measured", ready.note, p20 * 1e3, p50 * 1e3, p80 * 1e3, len(taken), peak, flops, ready.nbytes,
+        ready.nbytes / p50 / 1e9, flops / p50 / 1e12, limit.bytes / 1e9, limit.flops / 1e12,
+        limit.seconds(ready.nbytes, flops) / p50,
+    )  # fmt: skip
+
+
+def _missing(cell: Cell, status: str, note: str) -> Record:
+    flops = OPS[cell.problem.op].flops(cell.problem.workload, cell.mode)
+    return Record(*_key(cell), status, note, None, None, None, 0, None, flops, 0, *[None] * 5)
+
+
+def _key(cell: Cell) -> tuple[object, ...]:
+    problem, w = cell.problem, cell.problem.workload
+    return (
+        problem.op, w.name, w.n, w.positions, w.c, w.k, problem.dtype, problem.dropout, cell.mode, cell.capture,
+        cell.provider,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Measurements as tables on a terminal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+from bench.records import Record
+from bench.workloads import BY_NAME
+
+
+def _problem(r: Record) -> tuple[str, str, str, float, str, str]:
+    return r.op, r.workload, r.dtype, r.dropout, r.mode, r.capture
+
+
+def show(records: Iterable[Record], put: Callable[[str], None] = print) -> None:
+    """A table for each group of measurements that belong side by side."""
+    for key, group in itertools.groupby(records, key=_problem):
+        rows = list(group)
+        op, name, dtype, dropout, mode, capture = key
+        put(f"\n{op}, {name} ({BY_NAME[name].size}), {dtype}, dropout {dropout:g}, {mode}, {capture}")
+        put(f"  {'provider':<22}{'p50 ms':>10}{'p20':>10}{'p80':>10}{'paper ÷':>9}{'peak MiB':>10}{'share':>8}")
+        paper = next((r.p50_ms for r in rows if r.provider == "paper"), None)
+        for r in rows:
+            what = _numbers(r, paper) if r.status == "measured" else f"  {r.status}: {r.note}"
+            put(f"  {r.provider:<22}{what}")
+
+
+def _numbers(r: Record, paper: float | None) -> str:
+    ratio = None if r.p50_ms is None or paper is None else paper / r.p50_ms
+    columns = [(r.p50_ms, 10, ".3f"), (r.p20_ms, 10, ".3f"), (r.p80_ms, 10, ".3f"), (ratio, 9, ".2f")]
+    columns += [(r.peak_mib, 10, ".1f"), (r.share, 8, ".1%")]
+    text = "".join(f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}" for value, width, form in columns)
+    return text + (f"  {r.note}" if r.note else "")
