@@ -59,7 +59,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         return 2
     ops = arguments.ops if arguments.command == "op" else ["step"]
     problems = [
-        Problem(op, w, dtype, device, arguments.dropout)
+        Problem(op, w, dtype, device, 0.0 if op == "loss" else arguments.dropout)
         for op in ops
         for w in _workloads(arguments.workloads, op)
         for dtype in arguments.dtypes or [_default_dtype(op, device)]

@@ -58,7 +58,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; 
     part tests 140 bash -c 'tests --numprocesses 8 --tb short tests/test_triton_attention.py tests/test_triton_layer.py \
         tests/test_triton_classifier.py tests/test_triton_elementwise.py tests/test_graphs.py tests/test_operators.py'
     part ops 75 "$python" -m bench op attention loss add_norm activation --csv "$out/ops.csv" --seconds 0.05 \
-        --modes forward backward --providers fastbf paper sdpa-flash sdpa-efficient F.linear_cross_entropy liger \
+        --modes both forward backward --providers fastbf paper sdpa-flash sdpa-efficient F.linear_cross_entropy liger \
         cut-cross-entropy ffpa
     part tune 90 "$python" -m bench tune --budget 70 --csv "$out/tune.csv"
     part compiled 75 "$python" -m bench step --csv "$out/compiled.csv" --seconds 0.1 \
@@ -87,7 +87,7 @@ else
         --providers fastbf fastbf-torch paper
     part tests 60 bash -c 'tests tests/test_attention_configs.py tests/test_functional.py'
     part ops 60 "$python" -m bench op attention loss add_norm activation --csv "$out/ops.csv" --seconds 0.02 \
-        --modes forward backward --providers fastbf fastbf-torch paper --workloads cifar100-lt
+        --modes both forward backward --providers fastbf fastbf-torch paper --workloads cifar100-lt
     part host 60 "$python" -m bench host --csv "$out/host.csv" --seconds 0.3
     for name in install tune compiled ncu sanitizer; do
         say "$name: skipped, needs an NVIDIA GPU"

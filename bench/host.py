@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from bench.ops import Problem
-from bench.providers import PROVIDERS, runs
+from bench.providers import PROVIDERS, timed
 from bench.records import Record
 from bench.stub import stub_gpu
 from bench.timing import quantiles
@@ -58,7 +58,7 @@ def ready(on: torch.device, op: str, provider: str, dtype: str) -> Iterator[Call
                 stack.enter_context(mock.patch.object(add_norm, "launch", _through_triton))
         else:
             problem = Problem("step", SMALL, dtype, on, 0.5)
-            run = runs(PROVIDERS[provider].case(problem, problem.inputs()), "both")
+            run = timed(PROVIDERS[provider].case(problem, problem.inputs()), "both").run
         run()
         yield run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bench.ceilings import H100, Ceilings
@@ -18,8 +20,8 @@ def seconds(launched: list[Launch], ceilings: Ceilings) -> float:
 def floor(w: Workload, ceilings: Ceilings) -> float:
     """If nothing left the chip but what must: inputs, parameters, the result and the gradients."""
     inputs = Problem("step", w, "amp", torch.device("meta"), 0.5).inputs()
-    out = torch.empty(() if w.k else (2 * w.n, *w.shape[1:]), device="meta")
-    return ceilings.seconds(compulsory_bytes(inputs, out, "both"), OPS["step"].flops(w, "both"))
+    result = 4 if w.k else 2 * 4 * math.prod(w.shape)  # the loss, or the fork in fp32
+    return ceilings.seconds(compulsory_bytes(inputs, result, "both"), OPS["step"].flops(w, "both"))
 
 
 def show(workloads: list[Workload]) -> None:

@@ -172,9 +172,13 @@ OPS = {
 }
 
 
-def compulsory_bytes(inputs: Inputs, out: Tensor, mode: str) -> int:
-    """Each direction reads what it is given and writes what it gives; nothing else needs to leave the chip."""
+def compulsory_bytes(inputs: Inputs, result: int, mode: str) -> int:
+    """Each direction reads what it is given and writes what it gives; nothing else needs to leave the chip.
+
+    Args:
+        result: the bytes of what forward gives.
+    """
     given = sum(t.nbytes for t in inputs.leaves) + (0 if inputs.target is None else inputs.target.nbytes)
-    forward = given + out.nbytes
-    backward = given + out.nbytes + sum(t.nbytes for t in inputs.leaves)
+    forward = given + result
+    backward = given + result + sum(t.nbytes for t in inputs.leaves)
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]

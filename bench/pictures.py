@@ -105,6 +105,7 @@ def _panel(ax, points: list[tuple[Row, float]], quantity: Quantity) -> None:
         ax.plot(
             *zip(*sorted(series[provider, capture]), strict=True), color=colour, marker=marker, ms=6, lw=1.6,
             ls="--" if graph else "-", label=provider + ", graph" * graph,
+            zorder=3 if provider.startswith("fastbf") else 2,
         )  # fmt: skip
     batches = sorted({r["n"] for r, _ in points})
     ax.set_xscale("log", base=2)

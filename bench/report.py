@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -26,17 +27,17 @@ def make(paths: Iterable[Path], readme: Path, folder: Path) -> list[Path]:
     text = readme.read_text()
 
     def fill(match: re.Match) -> str:
-        block = _block(match["name"], rows, [path.relative_to(readme.parent) for path in drawn] if drawn else [])
-        return f"<!-- bench:{match['name']} -->\n{block}\n<!-- /bench:{match['name']} -->"
+        block = _block(match["name"], rows, [os.path.relpath(path, readme.parent) for path in drawn])
+        return f"<!-- bench:{match['name']} -->\n\n{block}\n\n<!-- /bench:{match['name']} -->"
 
     pattern = re.compile(r"<!-- bench:(?P<name>\w+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
     readme.write_text(pattern.sub(fill, text))
     return [readme, *drawn]
 
 
-def _block(name: str, rows: list[Row], drawn: list[Path]) -> str:
+def _block(name: str, rows: list[Row], drawn: list[str]) -> str:
     if name == "pictures":
-        return "\n".join(f"![{path.stem.replace('-', ' ')}]({path.as_posix()})" for path in drawn)
+        return "\n".join(f"![{Path(path).stem.replace('-', ' ')}]({path})" for path in drawn)
     if name == "host":
         return _by_machine([r for r in rows if r["mode"] == "host"], _host)
     rows = [r for r in rows if r["mode"] == "both" and r["status"] == "measured"]
@@ -96,13 +97,18 @@ def _times(rows: list[Row]) -> str:
             continue
         over_paper.append(paper["p50_ms"] / ours["p50_ms"])
         over_best.append(peer["p50_ms"] / ours["p50_ms"])
-        times = [f"{paper['p50_ms']:.3g}", *(f"{r['p50_ms']:.3g} ({label(r)})" for r in (peer, ours))]
+        times = [_short(paper["p50_ms"]), *(f"{_short(r['p50_ms'])} ({label(r)})" for r in (peer, ours))]
         ratios = [f"{over_paper[-1]:.2f}", f"{over_best[-1]:.2f}"]
         lines.append([size(ours), ours["dtype"], *times, *ratios, f"{ours['share']:.0%}"])
     if len(lines) > 1:
         lines.append(["geometric mean", "", "", "", "", f"{_mean(over_paper):.2f}", f"{_mean(over_best):.2f}", ""])
     head = ["workload", "dtype", "paper's code, ms", "best other, ms", "fastbf, ms", "over paper's", "over best other"]
     return _markdown([*head, "share of the limit"], lines)
+
+
+def _short(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _mean(ratios: list[float]) -> float:
@@ -116,11 +122,11 @@ def _memory(rows: list[Row]) -> str:
         ours = min((r["peak_mib"] for r in group if r["provider"] in OUR_NAMES), default=None)
         paper = next((r["peak_mib"] for r in group if label(r) == "paper"), None)
         if ours is not None and paper is not None:
-            lines.append([size(group[0]), group[0]["dtype"], f"{paper:.4g}", f"{ours:.4g}", f"{ours / paper:.2f}"])
+            lines.append([size(group[0]), group[0]["dtype"], _short(paper), _short(ours), f"{ours / paper:.2f}"])
     return _markdown(["workload", "dtype", "paper's code, peak MiB", "fastbf, peak MiB", "quotient"], lines)
 
 
 def _host(rows: list[Row]) -> str:
     """What launches and steps cost the host."""
-    lines = [[f"{r['op']}, {r['dtype']}", r["provider"], f"{r['p50_ms'] * 1e3:.3g}"] for r in rows]
+    lines = [[f"{r['op']}, {r['dtype']}", r["provider"], _short(1e3 * r["p50_ms"])] for r in rows]
     return _markdown(["what", "by", "host time, µs"], lines)

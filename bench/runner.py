@@ -12,7 +12,7 @@ import torch
 
 from bench import ceilings, timing
 from bench.ops import OPS, Problem, compulsory_bytes
-from bench.providers import PROVIDERS, Provider, Unavailable, captured, differs, runs
+from bench.providers import PROVIDERS, Provider, Unavailable, captured, differs, timed
 from bench.records import Record
 
 MIB = 2**20
@@ -112,17 +112,11 @@ def _prepare(cell: Cell, plan: Plan) -> _Ready:
         raise Unavailable(f"not the same computation: {wrong}")
     inputs = problem.inputs()
     case = provider.case(problem, inputs)
-    run = runs(case, cell.mode)
-    if cell.capture == "graph":
-        run = captured(run)
+    run, result_bytes = (captured if cell.capture == "graph" else timed)(case, cell.mode)
     run()
-    # A compiled function runs eagerly where a CPU's operators are watched.
-    peak = timing.peak_memory(run, problem.device) if on_gpu or not cell.provider.startswith("compile") else None
-    if cell.capture == "graph":
-        peak = None  # of a graph's own pool, which it keeps
-    with torch.no_grad():
-        out = case.forward()
-    return _Ready(run, peak, compulsory_bytes(inputs, out, cell.mode), case.note)
+    seen = cell.capture == "eager" and problem.device.type not in provider.memory_unseen_on
+    peak = timing.peak_memory(run, problem.device) if seen else None
+    return _Ready(run, peak, compulsory_bytes(inputs, result_bytes, cell.mode), case.note)
 
 
 @cache

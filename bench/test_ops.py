@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.ops import Problem
-from bench.providers import PROVIDERS, Unavailable, differs, runs
+from bench.providers import PROVIDERS, Unavailable, differs, timed
 from bench.timing import peak_memory
 from bench.workloads import BY_NAME
 
@@ -32,7 +32,7 @@ def test_op(benchmark, op, workload, name):
     problem = Problem(op, BY_NAME[workload], "amp" if GPU else "fp32", DEVICE, 0.5)
     try:
         assert not differs(PROVIDERS[name], PROVIDERS["paper"], problem.reduced())
-        run = runs(PROVIDERS[name].case(problem, problem.inputs()), "both")
+        run = timed(PROVIDERS[name].case(problem, problem.inputs()), "both").run
     except Unavailable as error:
         pytest.skip(str(error))
     run()

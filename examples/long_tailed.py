@@ -10,24 +10,19 @@ saves two pictures, and shows that the stripped model predicts the same.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import platform
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from experiment import FOOTNOTE, arguments, introduce, run_all, table
 from plots import draw_accuracy, draw_relations
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fastbf
-from fastbf.environment import device_name
 
 CLASSES, LARGEST, TEST_PER_CLASS, CHANNELS = 10, 120, 50, 64
 # Classes by rank of size: many-shot, medium-shot, few-shot.
@@ -128,38 +123,9 @@ def predict(model: Net, images: Tensor) -> Tensor:
     return model.eval()(images).argmax(-1)
 
 
-def _worker(job: tuple[Run, int]) -> tuple[Run, np.ndarray]:
-    torch.set_num_threads(1)
-    return job[0], train(*job, torch.device("cpu")).accuracy
-
-
-def train_all(runs: list[Run], epochs: int, device: torch.device) -> dict[Run, np.ndarray]:
-    """Accuracy per class of every run; on CPU two at a time, for the net is too small to share one over cores."""
-    with tqdm(total=len(runs), desc="training", unit="run", ncols=80) as bar:
-        results = {}
-        if device.type != "cpu":
-            for run in runs:
-                results[run] = train(run, epochs, device).accuracy
-                bar.update()
-            return results
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(_worker, (run, epochs)) for run in runs]):
-                run, accuracy = done.result()
-                results[run] = accuracy
-                bar.update()
-        return results
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
-    return values.mean(), values.std(ddof=1) / len(values) ** 0.5
-
-
-def verdict(mean: float, error: float) -> str:
-    """What the paired difference allows one to say."""
-    if abs(mean) <= 2 * error:
-        return "no clear gain"
-    return "gain" if mean > 0 else "LOSS"
+def accuracy(run: Run, device: torch.device, epochs: int) -> np.ndarray:
+    """Per class, in percent, largest class first."""
+    return train(run, epochs, device).accuracy
 
 
 def report(results: dict[Run, np.ndarray], imbalances: list[int], seeds: int) -> list[str]:
@@ -169,22 +135,14 @@ def report(results: dict[Run, np.ndarray], imbalances: list[int], seeds: int) ->
         counts = class_counts(imbalance)
         sizes = {name: f"{counts[part][0]} to {counts[part][-1]}" for name, part in GROUPS.items()}
         lines += ["", f"imbalance {imbalance}, {loss}"]
-        lines.append(f"  {'classes (training images)':<28}{'without':>14}{'with':>14}{'difference':>16}")
+        rows = {}
         for name, part in GROUPS.items():
-            arms = [
+            rows[f"{name} ({sizes[name]})"] = tuple(
                 np.array([results[Run(imbalance, loss, arm, seed)][part].mean() for seed in range(seeds)])
                 for arm in (False, True)
-            ]
-            cells = [mean_and_error(values) for values in (*arms, arms[1] - arms[0])]
-            texts = [f"{m:.1f} ± {e:.1f}" for m, e in cells[:2]] + [f"{cells[2][0]:+.1f} ± {cells[2][1]:.1f}"]
-            label = f"{name} ({sizes[name]})"
-            lines.append(f"  {label:<28}{texts[0]:>14}{texts[1]:>14}{texts[2]:>16}   {verdict(*cells[2])}")
-    lines += [
-        "",
-        "Differences are paired: both arms of a seed share data, initial weights and batches. Only a",
-        "difference of more than two standard errors is called a gain or a LOSS.",
-    ]
-    return lines
+            )
+        lines += table("classes (training images)", rows)
+    return [*lines, "", *FOOTNOTE]
 
 
 def check_strip(result: Result) -> str:
@@ -210,29 +168,16 @@ def relations(result: Result, per_class: int = 6) -> tuple[np.ndarray, np.ndarra
 
 def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     """Runs the demo; returns accuracy per class of every run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
-    parser.add_argument("--seeds", type=int, default=10, help="at least 2")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="two seeds, few epochs, one imbalance: for tests")
-    args = parser.parse_args(argv)
-    if args.seeds < 2:
-        parser.error(f"--seeds must be at least 2 for standard errors, got {args.seeds}")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    device = torch.device(name)
-    imbalances, seeds, epochs = ([50], 2, 20) if args.quick else ([50, 100], args.seeds, 100)
-
-    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"device                  {device.type}: {device_name(device)}")
-    former = fastbf.BatchFormer(CHANNELS, device=device)
-    print(f"backend of BatchFormer  {fastbf.explain(former, torch.empty(64, CHANNELS, device=device))}")
+    args = arguments(__doc__, argv)
+    imbalances, epochs = ([50], 20) if args.quick else ([50, 100], 100)
+    device, seeds = args.device, args.seeds
+    introduce(fastbf.BatchFormer(CHANNELS, device=device), torch.empty(64, CHANNELS, device=device))
     runs = [Run(*r) for r in itertools.product(imbalances, LOSSES, (False, True), range(seeds))]
-    results = train_all(runs, epochs, device)
+    results = run_all(partial(accuracy, epochs=epochs), runs, device)
     print("\n" + "\n".join(report(results, imbalances, seeds)) + "\n")
 
     shown = train(Run(imbalances[0], LOSSES[-1], True, 0), epochs, device)
     print(check_strip(shown))
-    args.out.mkdir(parents=True, exist_ok=True)
     per_class = {
         loss: {
             arm: np.stack([results[Run(imbalances[0], loss, arm, seed)] for seed in range(seeds)])

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counts, limits, pictures, records, report, runner, timing
 from bench.ops import MODES, OPS, Problem, compulsory_bytes
-from bench.providers import PROVIDERS, Case, Unavailable, differs, runs
+from bench.providers import PROVIDERS, Case, Unavailable, differs, timed
 from bench.runner import Plan
 from bench.workloads import BY_NAME, WORKLOADS, Workload
 
@@ -31,7 +31,7 @@ def measured(plan=PLAN, *problems):
 class Stub:
     """A provider of the loss that does what a test says."""
 
-    name, about, ops = "stub", "", ("loss",)
+    name, about, ops, memory_unseen_on = "stub", "", ("loss",), ()
 
     def __init__(self, function):
         self.function = function
@@ -85,7 +85,7 @@ class TestOps:
         p = problem("activation")
         inputs = p.inputs()
         each = SMALL.n * SMALL.c * 4
-        sizes = [compulsory_bytes(inputs, torch.empty(SMALL.shape), mode) for mode in MODES]
+        sizes = [compulsory_bytes(inputs, each, mode) for mode in MODES]
         assert sizes == [2 * each, 3 * each, 5 * each]
 
 
@@ -116,7 +116,7 @@ class TestProviders:
     def test_modes(self, mode):
         p = problem("loss")
         case = PROVIDERS["paper"].case(p, p.inputs())
-        run = runs(case, mode)
+        run = timed(case, mode).run
         for _ in range(2):
             result = run()
             assert len(result) == 3 if mode != "forward" else result.requires_grad

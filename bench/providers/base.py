@@ -33,6 +33,7 @@ class Provider(Protocol):
     name: str
     about: str
     ops: tuple[str, ...]
+    memory_unseen_on: tuple[str, ...]  #: devices where a graph keeps its memory, or a compiler cannot be watched
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         """The problem ready to run.
@@ -43,18 +44,25 @@ class Provider(Protocol):
         ...
 
 
-def runs(case: Case, mode: str) -> Callable[[], object]:
-    """What is timed: forward keeps what backward needs; backward goes over a retained graph; both do neither."""
+class Timed(NamedTuple):
+    """What is timed."""
+
+    run: Callable[[], object]
+    result_bytes: int  #: of the op's result
+
+
+def timed(case: Case, mode: str) -> Timed:
+    """Forward keeps what backward needs; backward goes over a retained graph; both do neither."""
     out = case.forward()
     grad = torch.ones_like(out) if out.dim() == 0 else torch.randn_like(out)
     if mode == "forward":
-        return case.forward
+        return Timed(case.forward, out.nbytes)
     if mode == "backward":
-        return lambda: case.gradients(out, grad, retain_graph=True)
-    return lambda: case.gradients(case.forward(), grad)
+        return Timed(lambda: case.gradients(out, grad, retain_graph=True), out.nbytes)
+    return Timed(lambda: case.gradients(case.forward(), grad), out.nbytes)
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(case: Case, mode: str) -> Timed:
     """The same as one CUDA graph, whose replays cost the host next to nothing.
 
     Raises:
@@ -62,19 +70,20 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # forward too: autograd runs backward where forward ran
+        run, result_bytes = timed(case, mode)
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         kept = run()
 
     def replay() -> object:
         graph.replay()
         return kept
 
-    return replay
+    return Timed(replay, result_bytes)
 
 
 #: How far from fp64 a result may be, in the Euclidean norm: a TF32 product is 3e-4 off, a bf16 one 3e-3, and what is

@@ -80,6 +80,7 @@ class Fastbf(NamedTuple):
     about: str
     backend: str
     graphed: bool = False
+    memory_unseen_on: tuple[str, ...] = ()
     ops: tuple[str, ...] = tuple(OPS)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
@@ -103,6 +104,6 @@ class Fastbf(NamedTuple):
 
 OURS = (
     Fastbf("fastbf", "the Triton kernels", "triton"),
-    Fastbf("fastbf-graphed", "the same through fastbf.make_graphed", "triton", graphed=True),
+    Fastbf("fastbf-graphed", "the same through fastbf.make_graphed", "triton", True, ("cuda",)),
     Fastbf("fastbf-torch", "the PyTorch fallback", "torch"),
 )

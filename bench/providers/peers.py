@@ -99,6 +99,7 @@ class Paper(NamedTuple):
     name: str = "paper"
     about: str = "the paper's code in eager PyTorch"
     ops: tuple[str, ...] = tuple(OPS)
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         return _case(problem, inputs)
@@ -110,6 +111,7 @@ class Compiled(NamedTuple):
     name: str
     about: str
     mode: str | None
+    memory_unseen_on: tuple[str, ...]
     ops: tuple[str, ...] = tuple(OPS)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
@@ -126,6 +128,7 @@ class Sdpa(NamedTuple):
     about: str
     backend: SDPBackend
     ops: tuple[str, ...] = ("attention", "layer", "step")
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         def only(function: Function) -> Function:
@@ -144,6 +147,7 @@ class PytorchChunks(NamedTuple):
     name: str = "F.linear_cross_entropy"
     about: str = "PyTorch's loss in chunks (2.13)"
     ops: tuple[str, ...] = ("loss",)
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         if not hasattr(F, "linear_cross_entropy"):
@@ -175,6 +179,7 @@ class Liger(NamedTuple):
     name: str = "liger"
     about: str = "liger-kernel's fused linear cross-entropy"
     ops: tuple[str, ...] = ("loss",)
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         liger = _package("liger-kernel", "liger_kernel.transformers.functional", problem)
@@ -193,6 +198,7 @@ class CutCrossEntropy(NamedTuple):
     name: str = "cut-cross-entropy"
     about: str = "Apple's cut cross-entropy"
     ops: tuple[str, ...] = ("loss",)
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         cut = _package("cut-cross-entropy", "cut_cross_entropy", problem)
@@ -215,6 +221,7 @@ class Ffpa(NamedTuple):
     name: str = "ffpa"
     about: str = "ffpa-attn, for head dimensions above 256"
     ops: tuple[str, ...] = ("attention",)
+    memory_unseen_on: tuple[str, ...] = ()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         if problem.workload.head_dim <= 256:
@@ -232,8 +239,8 @@ class Ffpa(NamedTuple):
 
 PEERS = (
     Paper(),
-    Compiled("compile", "the paper's code under torch.compile", None),
-    Compiled("compile-max", "the same with mode='max-autotune', CUDA graphs included", "max-autotune"),
+    Compiled("compile", "the paper's code under torch.compile", None, ("cpu",)),
+    Compiled("compile-max", "the same with mode='max-autotune', CUDA graphs included", "max-autotune", ("cpu", "cuda")),
     Sdpa("sdpa-math", "the paper's code with SDPA's math backend", SDPBackend.MATH),
     Sdpa("sdpa-flash", "the same with its flash backend", SDPBackend.FLASH_ATTENTION),
     Sdpa("sdpa-efficient", "the same with its memory-efficient backend", SDPBackend.EFFICIENT_ATTENTION),

@@ -1,0 +1,105 @@
+"""What the examples share: arguments, seeds side by side, paired differences and the table that shows them."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import fastbf
+from fastbf.environment import device_name
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+#: A difference of two arms, in the words that their standard error allows.
+FOOTNOTE = (
+    "Differences are paired: both arms of a seed share data, initial weights and batches. Only a",
+    "difference of more than two standard errors is called a gain or a LOSS.",
+)
+
+
+def arguments(doc: str, argv: Sequence[str] | None, seeds: int = 10) -> argparse.Namespace:
+    """``--out``, ``--seeds``, ``--device`` and ``--quick``; ``device`` is a ``torch.device``, two seeds if quick."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    parser.add_argument("--seeds", type=int, default=seeds, help="at least 2")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="two seeds and little training: for tests")
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        parser.error(f"--seeds must be at least 2 for standard errors, got {args.seeds}")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    args.device = torch.device(name)
+    args.seeds = 2 if args.quick else args.seeds
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def introduce(module: nn.Module, features: torch.Tensor) -> None:
+    """Prints versions, the device, and which backend a module of fastbf takes for such features."""
+    device = features.device
+    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"device                  {device.type}: {device_name(device)}")
+    print(f"backend of {type(module).__name__:<12} {fastbf.explain(module, features)}")
+
+
+def run_all(
+    function: Callable[[Job, torch.device], Result], jobs: Iterable[Job], device: torch.device
+) -> dict[Job, Result]:
+    """``function(job, device)`` of every job; on CPU two at a time, for small nets cannot share one over cores."""
+    jobs = list(jobs)
+    results = {}
+    with tqdm(total=len(jobs), desc="training", unit="run", ncols=80) as bar:
+        if device.type != "cpu":
+            for job in jobs:
+                results[job] = function(job, device)
+                bar.update()
+            return results
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            pending = {pool.submit(_one_thread, function, job): job for job in jobs}
+            for done in as_completed(pending):
+                results[pending[done]] = done.result()
+                bar.update()
+    return results
+
+
+def _one_thread(function: Callable[[Job, torch.device], Result], job: Job) -> Result:
+    torch.set_num_threads(1)
+    return function(job, torch.device("cpu"))
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and its standard error."""
+    return values.mean(), values.std(ddof=1) / len(values) ** 0.5
+
+
+def verdict(mean: float, error: float) -> str:
+    """What the paired difference allows one to say."""
+    if abs(mean) <= 2 * error:
+        return "no clear gain"
+    return "gain" if mean > 0 else "LOSS"
+
+
+def table(title: str, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Lines that compare two arms.
+
+    Args:
+        title: what the first column names.
+        rows: (seeds,) without BatchFormer and (seeds,) with it, in percent, larger is better, by name.
+    """
+    lines = [f"  {title:<28}{'without':>14}{'with':>14}{'difference':>16}"]
+    for name, (without, mixed) in rows.items():
+        cells = [mean_and_error(values) for values in (without, mixed, mixed - without)]
+        texts = [f"{m:.1f} ± {e:.1f}" for m, e in cells[:2]] + [f"{cells[2][0]:+.1f} ± {cells[2][1]:.1f}"]
+        lines.append(f"  {name:<28}{texts[0]:>14}{texts[1]:>14}{texts[2]:>16}   {verdict(*cells[2])}")
+    return lines
