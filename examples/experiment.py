@@ -28,13 +28,21 @@ FOOTNOTE = (
 )
 
 
-def arguments(doc: str, argv: Sequence[str] | None, seeds: int = 10) -> argparse.Namespace:
-    """``--out``, ``--seeds``, ``--device`` and ``--quick``; ``device`` is a ``torch.device``, two seeds if quick."""
+def arguments(
+    doc: str, argv: Sequence[str] | None, seeds: int = 10, options: dict[str, dict[str, object]] | None = None
+) -> argparse.Namespace:
+    """``--out``, ``--seeds``, ``--device`` and ``--quick``; ``device`` is a ``torch.device``, two seeds if quick.
+
+    Args:
+        options: what else there is, as arguments of ``add_argument``.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--seeds", type=int, default=seeds, help="at least 2")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="two seeds and little training: for tests")
+    for name, settings in (options or {}).items():
+        parser.add_argument(name, **settings)
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error(f"--seeds must be at least 2 for standard errors, got {args.seeds}")

@@ -1,11 +1,14 @@
 """Long-tailed recognition of handwritten digits, with and without BatchFormer.
 
-    python examples/long_tailed.py [--out DIR] [--seeds N] [--device auto|cpu|cuda] [--quick]
+    python examples/long_tailed.py [--out DIR] [--seeds N] [--device auto|cpu|cuda] [--imbalance N] [--amp] [--quick]
 
 Scikit-learn's bundled digits, class sizes falling exponentially from 120 to 120/imbalance, which digit is rare drawn
-anew for every seed; a small conv net trained by SGD; cross-entropy and Balanced Softmax, each with and without
-BatchFormer from the same initial weights and batches. Prints accuracies with standard errors and paired differences,
-saves two pictures, and shows that the stripped model predicts the same.
+anew for every seed; a small conv net trained by SGD. Three ways to train, each with and without BatchFormer from the
+same initial weights and batches: cross-entropy; Balanced Softmax; and, decoupled, features trained by cross-entropy and
+frozen, on which BatchFormer and the classifier are then all there is to a step. Prints accuracies with standard errors
+and paired differences, saves two pictures, and shows that the stripped model predicts the same.
+
+To carry over: ``LongTailed`` around any feature extractor, the two groups of parameters in ``fit``, and autocast there.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import fastbf
 CLASSES, LARGEST, TEST_PER_CLASS, CHANNELS = 10, 120, 50, 64
 # Classes by rank of size: many-shot, medium-shot, few-shot.
 GROUPS = {"all": slice(0, 10), "many": slice(0, 3), "medium": slice(3, 7), "few": slice(7, 10)}
-LOSSES = ("cross-entropy", "Balanced Softmax")
+CROSS_ENTROPY, BALANCED, FROZEN = "cross-entropy", "Balanced Softmax", "Balanced Softmax on frozen features"
+LOSSES = (CROSS_ENTROPY, BALANCED, FROZEN)
 
 
 class Run(NamedTuple):
@@ -41,29 +45,48 @@ class Run(NamedTuple):
 
 class Result(NamedTuple):
     accuracy: np.ndarray  # (10,) test accuracy in percent, largest class first
-    model: Net
+    model: LongTailed
     test: tuple[Tensor, Tensor]  # images and labels
 
 
-class Net(nn.Module):
-    """Conv net, BatchFormer between features and classifier, shared classifier."""
+class Settings(NamedTuple):
+    """How long to train, and in which precision."""
 
-    def __init__(self, class_counts: list[int] | None, batchformer: bool) -> None:
+    epochs: int
+    amp: bool
+
+
+class LongTailed(nn.Module):
+    """A feature extractor, BatchFormer on its features while training, and the shared classifier.
+
+    Args:
+        backbone: any module that makes (N, channels) of its input.
+        class_counts: training samples of each class, for Balanced Softmax; None for cross-entropy.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, channels: int, num_classes: int, class_counts: list[int] | None, batchformer: bool
+    ) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(256, CHANNELS), nn.ReLU(),
-        )  # fmt: skip
-        self.classifier = fastbf.SharedClassifier(CHANNELS, CLASSES, class_counts=class_counts)
+        self.backbone = backbone
+        self.classifier = fastbf.SharedClassifier(channels, num_classes, class_counts=class_counts)
         # Made last, so that both arms begin with the same weights.
-        self.batchformer = fastbf.BatchFormer(CHANNELS) if batchformer else nn.Identity()
+        self.batchformer = fastbf.BatchFormer(channels) if batchformer else nn.Identity()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.classifier.loss(self.batchformer(self.backbone(images)), labels)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.batchformer(self.backbone(images)))
+
+
+def conv_net() -> nn.Sequential:
+    """Features (N, 64) of images (N, 1, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(256, CHANNELS), nn.ReLU(),
+    )  # fmt: skip
 
 
 def class_counts(imbalance: int) -> list[int]:
@@ -90,13 +113,9 @@ def load(imbalance: int, seed: int, device: torch.device) -> tuple[tuple[Tensor,
     return select(train, torch.tensor(train_labels)), select(test, test_labels)
 
 
-def train(run: Run, epochs: int, device: torch.device) -> Result:
-    """Trains one model and measures it."""
-    torch.manual_seed(run.seed)
-    train_set, test_set = load(run.imbalance, run.seed, device)
-    counts = class_counts(run.imbalance) if run.loss == "Balanced Softmax" else None
-    model = Net(counts, run.batchformer).to(device)
-    rate, steps = 0.05, epochs * -(-len(train_set[1]) // 64)
+def fit(model: LongTailed, inputs: Tensor, labels: Tensor, seed: int, settings: Settings) -> None:
+    """SGD, one cycle; BatchFormer's parameters are a group of their own, at a tenth of the rate."""
+    rate, steps = 0.05, settings.epochs * -(-len(labels) // 64)
     groups = [
         {"params": [*model.backbone.parameters(), *model.classifier.parameters()], "max_lr": rate},
         {"params": list(model.batchformer.parameters()), "max_lr": rate / 10},
@@ -105,27 +124,46 @@ def train(run: Run, epochs: int, device: torch.device) -> Result:
     rates = [g["max_lr"] for g in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, cycle_momentum=False)
     # A generator of its own, so that both arms see the same batches.
-    order = torch.Generator().manual_seed(run.seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(train_set[1]), generator=order).to(device).split(64):
-            loss = model.loss(train_set[0][rows], train_set[1][rows])
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        for rows in torch.randperm(len(labels), generator=order).to(labels.device).split(64):
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.amp):
+                loss = model.loss(inputs[rows], labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    right = (predict(model, test_set[0]) == test_set[1]).float().view(CLASSES, -1)
-    return Result(right.mean(1).cpu().numpy() * 100, model, test_set)
+
+
+def train(run: Run, device: torch.device, settings: Settings) -> Result:
+    """Trains one model and measures it."""
+    torch.manual_seed(run.seed)
+    (images, labels), test = load(run.imbalance, run.seed, device)
+    counts = None if run.loss == CROSS_ENTROPY else class_counts(run.imbalance)
+    backbone = conv_net().to(device)
+    if run.loss == FROZEN:
+        fit(LongTailed(backbone, CHANNELS, CLASSES, None, False).to(device), images, labels, run.seed, settings)
+        model = LongTailed(nn.Identity(), CHANNELS, CLASSES, counts, run.batchformer).to(device)
+        with torch.no_grad():
+            features = backbone(images)
+        fit(model, features, labels, run.seed, settings._replace(epochs=settings.epochs // 2))
+        model.backbone = backbone
+    else:
+        model = LongTailed(backbone, CHANNELS, CLASSES, counts, run.batchformer).to(device)
+        fit(model, images, labels, run.seed, settings)
+    right = (predict(model, test[0]) == test[1]).float().view(CLASSES, -1)
+    return Result(right.mean(1).cpu().numpy() * 100, model, test)
 
 
 @torch.no_grad()
-def predict(model: Net, images: Tensor) -> Tensor:
+def predict(model: nn.Module, images: Tensor) -> Tensor:
     """The class of every image, from the model in evaluation mode."""
     return model.eval()(images).argmax(-1)
 
 
-def accuracy(run: Run, device: torch.device, epochs: int) -> np.ndarray:
+def accuracy(run: Run, device: torch.device, settings: Settings) -> np.ndarray:
     """Per class, in percent, largest class first."""
-    return train(run, epochs, device).accuracy
+    return train(run, device, settings).accuracy
 
 
 def report(results: dict[Run, np.ndarray], imbalances: list[int], seeds: int) -> list[str]:
@@ -168,15 +206,19 @@ def relations(result: Result, per_class: int = 6) -> tuple[np.ndarray, np.ndarra
 
 def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     """Runs the demo; returns accuracy per class of every run."""
-    args = arguments(__doc__, argv)
-    imbalances, epochs = ([50], 20) if args.quick else ([50, 100], 100)
-    device, seeds = args.device, args.seeds
+    options = {
+        "--imbalance": {"type": int, "nargs": "+", "default": [50], "help": "largest class over smallest"},
+        "--amp": {"action": "store_true", "help": "autocast to bf16"},
+    }
+    args = arguments(__doc__, argv, options=options)
+    device, seeds, imbalances = args.device, args.seeds, args.imbalance
+    settings = Settings(20 if args.quick else 100, args.amp)
     introduce(fastbf.BatchFormer(CHANNELS, device=device), torch.empty(64, CHANNELS, device=device))
     runs = [Run(*r) for r in itertools.product(imbalances, LOSSES, (False, True), range(seeds))]
-    results = run_all(partial(accuracy, epochs=epochs), runs, device)
+    results = run_all(partial(accuracy, settings=settings), runs, device)
     print("\n" + "\n".join(report(results, imbalances, seeds)) + "\n")
 
-    shown = train(Run(imbalances[0], LOSSES[-1], True, 0), epochs, device)
+    shown = train(Run(imbalances[0], BALANCED, True, 0), device, settings)
     print(check_strip(shown))
     per_class = {
         loss: {

@@ -20,7 +20,9 @@ def draw_accuracy(path: Path, results: dict[str, dict[bool, np.ndarray]], counts
 
     ``results[loss][with BatchFormer]`` is (seeds, classes), in percent.
     """
-    fig, axes = plt.subplots(len(results), 1, figsize=(7.5, 6.6), layout="constrained", sharex=True, squeeze=False)
+    fig, axes = plt.subplots(
+        len(results), 1, figsize=(7.5, 0.4 + 3.1 * len(results)), layout="constrained", sharex=True, squeeze=False
+    )
     ranks = np.arange(len(counts))
     for ax, (loss, accuracy) in zip(axes[:, 0], results.items(), strict=True):
         sizes = ax.twinx()

@@ -21,7 +21,7 @@ def test_demo(tmp_path):
     assert "training: 100%" in result.stderr
     for group in ("all (120 to 2)", "many (120 to 50)", "medium (33 to 9)", "few (6 to 2)"):
         rows = [line for line in lines if line.strip().startswith(group)]
-        assert len(rows) == 2
+        assert len(rows) == 3
         assert all(row.endswith(("gain", "LOSS")) for row in rows)
         assert all(len(row) <= 100 for row in rows)
     everything = next(line for line in lines if line.strip().startswith("all "))
