@@ -101,6 +101,12 @@ class TestProviders:
     def test_compute_the_same(self, op, name):
         assert differs(PROVIDERS[name], PROVIDERS["paper"], problem(op).reduced()) == ""
 
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "amp"])
+    @pytest.mark.parametrize("op", OPS)
+    def test_compute_the_same_in_16_bits(self, op, dtype):
+        """Rounding flips signs that ReLU looks at, which must not be taken for another computation."""
+        assert differs(PROVIDERS["fastbf-torch"], PROVIDERS["paper"], problem(op, dtype=dtype).reduced()) == ""
+
     @pytest.mark.parametrize("name", ["fastbf", "fastbf-torch"])
     def test_compute_the_same_of_dense_features(self, name):
         assert differs(PROVIDERS[name], PROVIDERS["paper"], problem("step", DENSE).reduced()) == ""
