@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from bench import host, limits, report, tune
 from bench.ops import DTYPES, MODES, OPS, Problem
-from bench.providers import PROVIDERS, Unavailable
+from bench.providers import PROVIDERS
 from bench.records import RESULTS, Record, environment, file_name, write
-from bench.runner import Plan, cells, measure
+from bench.runner import DeviceLost, Plan, cells, measure
 from bench.terminal import show
 from bench.workloads import BY_NAME, WORKLOADS, Workload
 from fastbf.environment import device_name
@@ -47,7 +48,7 @@ def _obstacle(name: str, device: torch.device) -> str:
     problem = Problem(op, BY_NAME["imagenet-lt-128"].reduced(), _default_dtype(op, device), device, 0.0)
     try:
         PROVIDERS[name].case(problem, problem.inputs())
-    except Unavailable as error:
+    except Exception as error:  # whatever a package raises where it is imported
         return f" [not here: {error}]"
     return ""
 
@@ -70,13 +71,18 @@ def _measure(arguments: argparse.Namespace) -> int:
         ("eager",) if memory else tuple(arguments.capture), arguments.seconds, not memory,
         arguments.max_flops or (CPU_FLOPS if device.type == "cpu" else float("inf")),
     )  # fmt: skip
+    gc.freeze()  # each measurement collects, which takes longer the more there is
     warnings.filterwarnings("ignore", module="torch")  # of backends that were asked for and cannot serve
     groups, where = cells(problems, plan), environment(device)
     path = arguments.csv or RESULTS / file_name(arguments.command, where)
     print(f"{where.device}; torch {where.torch}, triton {where.triton}, commit {where.commit}, {where.date}")
     with tqdm(total=sum(map(len, groups)), disable=not sys.stderr.isatty(), leave=False) as bar:
         records = measure(groups, plan, bar.set_description)
-        show(_counted(write(path, where, records), bar), bar.write)
+        try:
+            show(_counted(write(path, where, records), bar), bar.write)
+        except DeviceLost as error:
+            print(f"\n{error}; what was measured is in {path}", file=sys.stderr)
+            return 1
     print(f"\nwritten to {path}; python -m bench report makes tables and pictures of it")
     return 0
 
@@ -131,7 +137,7 @@ def _default_dtype(op: str, device: torch.device) -> str:
 
 
 def _workloads(names: list[str] | None, op: str) -> list[Workload]:
-    return [w for w in WORKLOADS if op in w.ops and (not names or w.name in names)]
+    return [w for w in ([BY_NAME[name] for name in names] if names else WORKLOADS) if op in w.ops]
 
 
 def _parser() -> argparse.ArgumentParser:

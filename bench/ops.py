@@ -45,9 +45,9 @@ class Problem(NamedTuple):
         with self.device:
             return OPS[self.op].inputs(self)
 
-    def reduced(self) -> Problem:
+    def reduced(self, samples: int = 80) -> Problem:
         """A small one without dropout, for comparing results; many problems have it in common."""
-        return self._replace(workload=self.workload.reduced(), dropout=0.0)
+        return self._replace(workload=self.workload.reduced(samples), dropout=0.0)
 
     def exact(self) -> Problem:
         """The same mathematics in fp64."""

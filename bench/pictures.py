@@ -35,20 +35,20 @@ class Quantity(NamedTuple):
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """A file for each device and quantity of which there are measurements at several N; returns them."""
+    """A file for each device, dtype and quantity of which there are measurements at several N; returns them."""
     steps = [
         r for r in rows
         if r["op"] == "step" and r["mode"] == "both" and r["status"] == "measured" and r["positions"] == 1 and r["k"]
     ]  # fmt: skip
     drawn = []
-    for device in sorted({r["device"] for r in steps}):
-        here = [r for r in steps if r["device"] == device]
+    for device, dtype in sorted({(r["device"], r["dtype"]) for r in steps}):
+        here = [r for r in steps if (r["device"], r["dtype"]) == (device, dtype)]
         for quantity in (
             Quantity("speed", "speed-up over the best other", _speed_up(here), level=1.0),
             Quantity("share", "share of the limit, percent", lambda r: r["share"] and 100 * r["share"]),
             Quantity("memory", "peak memory, MiB", lambda r: r["peak_mib"], log=True),
         ):
-            drawn += _picture(folder / f"{quantity.file}-{slug(device)}.png", here, quantity)
+            drawn += _picture(folder / f"{quantity.file}-{slug(device)}-{dtype}.png", here, quantity)
     return drawn
 
 
@@ -62,7 +62,7 @@ def _speed_up(rows: list[Row]) -> Callable[[Row], float | None]:
 
 
 def _problem(r: Row) -> tuple:
-    return r["workload"], r["dtype"], r["dropout"]
+    return r["run"], r["workload"], r["dropout"]
 
 
 def _picture(path: Path, rows: list[Row], quantity: Quantity) -> list[Path]:
@@ -96,14 +96,14 @@ def _picture(path: Path, rows: list[Row], quantity: Quantity) -> list[Path]:
 
 
 def _panel(ax, points: list[tuple[Row, float]], quantity: Quantity) -> None:
-    series: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for r, value in points:
-        series.setdefault((r["provider"], r["capture"]), []).append((r["n"], value))
+    series: dict[tuple[str, str], dict[float, float]] = {}
+    for r, value in points:  # where several runs have a point, the first counts
+        series.setdefault((r["provider"], r["capture"]), {}).setdefault(r["n"], value)
     for provider, capture in sorted(series, key=lambda s: (list(STYLES).index(s[0]), s[1])):
         colour, marker = STYLES[provider]
         graph = capture == "graph"
         ax.plot(
-            *zip(*sorted(series[provider, capture]), strict=True), color=colour, marker=marker, ms=6, lw=1.6,
+            *zip(*sorted(series[provider, capture].items()), strict=True), color=colour, marker=marker, ms=6, lw=1.6,
             ls="--" if graph else "-", label=provider + ", graph" * graph,
             zorder=3 if provider.startswith("fastbf") else 2,
         )  # fmt: skip

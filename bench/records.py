@@ -127,12 +127,13 @@ def _short(value: object) -> object:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Every row of the files, numbers as numbers and empty ones None."""
+    """Every row of the files, numbers as numbers and empty ones None, and the file as ``run``."""
     rows = []
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                rows.append({key: _number(value) if key in _NUMBERS else value for key, value in row.items()})
+                numbers = {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
+                rows.append({**numbers, "run": path.name})
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +17,10 @@ from bench.providers import PROVIDERS, Provider, Unavailable, captured, differs,
 from bench.records import Record
 
 MIB = 2**20
+
+
+class DeviceLost(RuntimeError):
+    """Nothing more can be measured in this process."""
 
 
 class Plan(NamedTuple):
@@ -87,9 +92,26 @@ def _together(
         else:
             yield _missing(cell, *results[cell])
     ready.clear()
+    _clear(group[0].problem.device, failed=bool(results))
+
+
+def _clear(device: torch.device, failed: bool) -> None:
+    """Frees what a measurement held.
+
+    Raises:
+        DeviceLost: after a failure, that the device answers no more: every later measurement would fail too.
+    """
     gc.collect()
-    if group[0].problem.device.type == "cuda":
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails leaves another one
         torch.cuda.empty_cache()
+        if failed:
+            torch.rand(1, device=device)
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLost(f"the GPU answers no more after a failure: {error}") from error
 
 
 class _Ready(NamedTuple):
@@ -102,19 +124,25 @@ class _Ready(NamedTuple):
 def _prepare(cell: Cell, plan: Plan) -> _Ready:
     """Compared with fp64, warmed up, memory counted."""
     problem, provider = cell.problem, PROVIDERS[cell.provider]
-    on_gpu = problem.device.type == "cuda"
-    if cell.capture == "graph" and not on_gpu:
+    if cell.capture == "graph" and problem.device.type != "cuda":
         raise Unavailable("CUDA graphs need a GPU")
+    if cell.capture == "graph" and not provider.traits.capturable:
+        raise Unavailable("it replays a graph itself, or waits for the device")
+    if cell.mode != "both" and provider.traits.both_only:
+        raise Unavailable("its forward computes the gradients too")
     if (flops := OPS[problem.op].flops(problem.workload, cell.mode)) > plan.max_flops:
         raise Unavailable(f"{flops:.1e} floating-point operations are more than --max-flops {plan.max_flops:.1e}")
-    wrong = _differs(provider, problem.reduced())
+    checked = PROVIDERS[provider.traits.checked_as or cell.provider]
+    wrong = _differs(checked, problem.reduced(provider.traits.samples))
     if wrong:
         raise Unavailable(f"not the same computation: {wrong}")
     inputs = problem.inputs()
-    case = provider.case(problem, inputs)
-    run, result_bytes = (captured if cell.capture == "graph" else timed)(case, cell.mode)
-    run()
-    seen = cell.capture == "eager" and problem.device.type not in provider.memory_unseen_on
+    # What is compiled may use up what it saved, but where backward is run again.
+    with torch._functorch.config.patch(donated_buffer=cell.mode != "backward"):
+        case = provider.case(problem, inputs)
+        run, result_bytes = (captured if cell.capture == "graph" else timed)(case, cell.mode)
+        run()
+    seen = cell.capture == "eager" and problem.device.type not in provider.traits.memory_unseen_on
     peak = timing.peak_memory(run, problem.device) if seen else None
     return _Ready(run, peak, compulsory_bytes(inputs, result_bytes, cell.mode), case.note)
 
@@ -128,8 +156,10 @@ def _reason(error: Exception) -> tuple[str, str]:
     """(status, note)."""
     if isinstance(error, Unavailable):
         return "skipped", str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if torch.OutOfMemoryError in (type(error), type(error.__cause__)):
         return "failed", "out of memory"
+    if re.match("No (available kernel|viable backend)", str(error)):
+        return "skipped", "this backend has no kernel for it"
     text = " ".join(str(error).split())
     return "failed", f"{type(error).__name__}: {text[:160]}"
 

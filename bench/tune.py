@@ -220,14 +220,21 @@ def show(results: Iterable[Result], path: Path) -> None:
     """Writes results to a CSV as they come; in the end prints what is best, and what the table might say instead."""
     where, seen = environment(_device()), []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([*Environment._fields, *Result._fields])
-        for r in results:
-            seen.append(r)
-            shown = "" if r.milliseconds is None else f"{r.milliseconds:.5g}"
-            rows.writerow([*where, *r._replace(config=_text(r.config), milliseconds=shown)])
-            file.flush()
+    try:
+        with path.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow([*Environment._fields, *Result._fields])
+            for r in results:
+                seen.append(r)
+                shown = "" if r.milliseconds is None else f"{r.milliseconds:.5g}"
+                rows.writerow([*where, *r._replace(config=_text(r.config), milliseconds=shown)])
+                file.flush()
+    finally:  # a sweep that is cut short has found something too
+        _summarise(seen)
+    print(f"\nwritten to {path}")
+
+
+def _summarise(seen: list[Result]) -> None:
     pairs = compared(seen)
     for present, best in pairs:
         gain = 1 - best.milliseconds / present.milliseconds
@@ -235,4 +242,3 @@ def show(results: Iterable[Result], path: Path) -> None:
         print(f"  best {_text(best.config):<36} {best.milliseconds:.4g} ms, {gain:.1%} less")
     lines = [line for line in itertools.starmap(proposal, pairs) if line]
     print(f"\nsave more than {GAIN:.0%}:" if lines else f"\nnothing saves more than {GAIN:.0%}", *lines, sep="\n")
-    print(f"\nwritten to {path}")

@@ -47,9 +47,9 @@ class Workload(NamedTuple):
             return ("loss",)
         return ("attention", "add_norm", "activation", "layer", *(("loss",) if self.k else ()), "step")
 
-    def reduced(self) -> Workload:
+    def reduced(self, samples: int = 80) -> Workload:
         """A small one that takes the same paths, for comparing results before anything is timed."""
-        few = self.n if self.n <= 32 else 80
+        few = self.n if self.n <= 32 else samples
         return self._replace(name="reduced", n=few, positions=min(self.positions, 5), k=min(self.k, 2000))
 
 
@@ -61,6 +61,9 @@ WORKLOADS = (
     Workload("inaturalist", 512, 2048, 8142),
     Workload("czsl", 512, 512, 2000),
     Workload("vit", 1024, 768, 1000),
+    Workload("v2-deit-s", 128, 384, positions=197),
+    Workload("v2-detr", 2, 256, positions=1064),
+    Workload("v2-deformable-detr", 3, 256, positions=17_821),
     Workload("large-1024-512", 1024, 512, 1000),
     Workload("large-4096-512", 4096, 512, 1000),
     Workload("large-16384-512", 16_384, 512, 1000),
@@ -68,9 +71,6 @@ WORKLOADS = (
     Workload("large-4096-2048", 4096, 2048, 1000),
     Workload("large-16384-2048", 16_384, 2048, 1000),
     Workload("large-32768-2048", 32_768, 2048, 1000),
-    Workload("v2-deit-s", 128, 384, positions=197),
-    Workload("v2-detr", 2, 256, positions=1064),
-    Workload("v2-deformable-detr", 3, 256, positions=17_821),
     Workload("classes-8142", 1024, 512, 8142, loss_only=True),
     Workload("classes-50000", 512, 512, 50_000, loss_only=True),
     Workload("classes-128000", 8192, 2048, 128_000, loss_only=True),

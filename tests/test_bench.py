@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counts, limits, pictures, records, report, runner, timing
 from bench.ops import MODES, OPS, Problem, compulsory_bytes
-from bench.providers import PROVIDERS, Case, Unavailable, differs, timed
+from bench.providers import PROVIDERS, Case, Traits, Unavailable, differs, timed
 from bench.runner import Plan
 from bench.workloads import BY_NAME, WORKLOADS, Workload
 
@@ -31,7 +31,7 @@ def measured(plan=PLAN, *problems):
 class Stub:
     """A provider of the loss that does what a test says."""
 
-    name, about, ops, memory_unseen_on = "stub", "", ("loss",), ()
+    name, about, ops, traits = "stub", "", ("loss",), Traits()
 
     def __init__(self, function):
         self.function = function
@@ -255,7 +255,7 @@ class TestReport:
         text = readme.read_text()
         assert "old" not in text
         assert text.startswith("before\n")
-        assert "geometric mean |  |  |  |  | 2.00 | 2.00" in text
+        assert "geometric mean |  |  |  | 2.00 |  |  | 2.00 |" in text
         assert "a machine, torch" in text
         assert "Not measured on a GPU yet." in text
         assert len(written) == 4

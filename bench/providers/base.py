@@ -28,13 +28,23 @@ class Case(NamedTuple):
         return torch.autograd.grad(out, self.leaves, grad, retain_graph=retain_graph)
 
 
+class Traits(NamedTuple):
+    """What measurements must know of a provider."""
+
+    capturable: bool = True  #: into a CUDA graph: not what replays one itself, or waits for the device
+    memory_unseen_on: tuple[str, ...] = ()  #: devices where a graph keeps its memory, or a compiler cannot be watched
+    checked_as: str = ""  #: the name of a provider that computes the same and is quicker to compare
+    samples: int = 80  #: of a batch, to compare results: enough to take the path that is timed
+    both_only: bool = False  #: its forward computes the gradients too
+
+
 class Provider(Protocol):
     """Computes some ops."""
 
     name: str
     about: str
     ops: tuple[str, ...]
-    memory_unseen_on: tuple[str, ...]  #: devices where a graph keeps its memory, or a compiler cannot be watched
+    traits: Traits
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         """The problem ready to run.
@@ -82,7 +92,7 @@ def captured(case: Case, mode: str) -> Timed:
 
     def replay() -> object:
         graph.replay()
-        return kept
+        return kept, run, case  # which own the memory that the graph reads
 
     return Timed(replay, result_bytes)
 

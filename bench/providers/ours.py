@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastbf
 from bench.ops import OPS, Inputs, Problem
-from bench.providers.base import Case, Unavailable
+from bench.providers.base import Case, Traits, Unavailable
 from bench.workloads import HEADS
 from fastbf import functional
 from fastbf.backend import choose
@@ -80,7 +80,7 @@ class Fastbf(NamedTuple):
     about: str
     backend: str
     graphed: bool = False
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits()
     ops: tuple[str, ...] = tuple(OPS)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
@@ -104,6 +104,12 @@ class Fastbf(NamedTuple):
 
 OURS = (
     Fastbf("fastbf", "the Triton kernels", "triton"),
-    Fastbf("fastbf-graphed", "the same through fastbf.make_graphed", "triton", True, ("cuda",)),
+    Fastbf(
+        "fastbf-graphed",
+        "the same through fastbf.make_graphed",
+        "triton",
+        True,
+        Traits(capturable=False, memory_unseen_on=("cuda",)),
+    ),
     Fastbf("fastbf-torch", "the PyTorch fallback", "torch"),
 )

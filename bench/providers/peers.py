@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops import OPS, Inputs, Problem
-from bench.providers.base import Case, Unavailable
+from bench.providers.base import Case, Traits, Unavailable
 from bench.providers.ours import adopt
 from bench.workloads import HEADS
 from tests import paper
@@ -99,7 +99,7 @@ class Paper(NamedTuple):
     name: str = "paper"
     about: str = "the paper's code in eager PyTorch"
     ops: tuple[str, ...] = tuple(OPS)
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         return _case(problem, inputs)
@@ -111,7 +111,7 @@ class Compiled(NamedTuple):
     name: str
     about: str
     mode: str | None
-    memory_unseen_on: tuple[str, ...]
+    traits: Traits
     ops: tuple[str, ...] = tuple(OPS)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
@@ -128,7 +128,7 @@ class Sdpa(NamedTuple):
     about: str
     backend: SDPBackend
     ops: tuple[str, ...] = ("attention", "layer", "step")
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         def only(function: Function) -> Function:
@@ -147,7 +147,7 @@ class PytorchChunks(NamedTuple):
     name: str = "F.linear_cross_entropy"
     about: str = "PyTorch's loss in chunks (2.13)"
     ops: tuple[str, ...] = ("loss",)
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         if not hasattr(F, "linear_cross_entropy"):
@@ -179,7 +179,7 @@ class Liger(NamedTuple):
     name: str = "liger"
     about: str = "liger-kernel's fused linear cross-entropy"
     ops: tuple[str, ...] = ("loss",)
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits(capturable=False, both_only=True)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         liger = _package("liger-kernel", "liger_kernel.transformers.functional", problem)
@@ -193,12 +193,14 @@ class Liger(NamedTuple):
 
 
 class CutCrossEntropy(NamedTuple):
-    """Cut cross-entropy (arXiv 2411.09009). It takes no bias: a column of the weight is, against ones."""
+    """Cut cross-entropy (arXiv 2411.09009). It takes no bias: a column of the weight is, against ones. By default it
+    leaves small gradients out, and the more classes, the more of them; here it computes all.
+    """
 
     name: str = "cut-cross-entropy"
     about: str = "Apple's cut cross-entropy"
     ops: tuple[str, ...] = ("loss",)
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits(capturable=False)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         cut = _package("cut-cross-entropy", "cut_cross_entropy", problem)
@@ -210,9 +212,9 @@ class CutCrossEntropy(NamedTuple):
 
         def forward() -> Tensor:
             weight = torch.cat([w, F.pad(b[:, None], (0, 7))], dim=1).to(problem.compute)
-            return cut.linear_cross_entropy(torch.cat([x, ones], dim=1), weight, torch.cat([y, y]))
+            return cut.linear_cross_entropy(torch.cat([x, ones], dim=1), weight, torch.cat([y, y]), filter_eps=None)
 
-        return Case(forward, inputs.leaves, "bias as a column of the weight")
+        return Case(forward, inputs.leaves, "bias as a column of the weight, no gradient filtered")
 
 
 class Ffpa(NamedTuple):
@@ -221,11 +223,13 @@ class Ffpa(NamedTuple):
     name: str = "ffpa"
     about: str = "ffpa-attn, for head dimensions above 256"
     ops: tuple[str, ...] = ("attention",)
-    memory_unseen_on: tuple[str, ...] = ()
+    traits: Traits = Traits(capturable=False, samples=512)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
         if problem.workload.head_dim <= 256:
             raise Unavailable(f"it passes a head dimension of {problem.workload.head_dim} on to PyTorch")
+        if problem.workload.n < 512:
+            raise Unavailable("it passes fewer than 512 samples on to PyTorch")
         ffpa = _package("ffpa-attn", "ffpa_attn", problem)
         if problem.compute == torch.float32:
             raise Unavailable("it is for 16-bit dtypes")
@@ -237,10 +241,12 @@ class Ffpa(NamedTuple):
         return Case(forward, inputs.leaves)
 
 
+_MAX = Traits(capturable=False, memory_unseen_on=("cpu", "cuda"), checked_as="compile")
+
 PEERS = (
     Paper(),
-    Compiled("compile", "the paper's code under torch.compile", None, ("cpu",)),
-    Compiled("compile-max", "the same with mode='max-autotune', CUDA graphs included", "max-autotune", ("cpu", "cuda")),
+    Compiled("compile", "the paper's code under torch.compile", None, Traits(memory_unseen_on=("cpu",))),
+    Compiled("compile-max", "the same with mode='max-autotune', CUDA graphs included", "max-autotune", _MAX),
     Sdpa("sdpa-math", "the paper's code with SDPA's math backend", SDPBackend.MATH),
     Sdpa("sdpa-flash", "the same with its flash backend", SDPBackend.FLASH_ATTENTION),
     Sdpa("sdpa-efficient", "the same with its memory-efficient backend", SDPBackend.EFFICIENT_ATTENTION),
