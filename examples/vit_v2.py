@@ -1,0 +1,245 @@
+"""BatchFormerV2 in a small ViT on handwritten digits, and in a ViT of timm.
+
+    python examples/vit_v2.py [--out DIR] [--seeds N] [--device auto|cpu|cuda] [--quick]
+
+Images of 8 × 8 pixels as 16 patches and a class token, four blocks, few training images. `insert_batchformer` puts one
+BatchFormer behind the second block, which forks the tokens, and one behind the third, which finds them forked; training
+runs on both streams, prediction on the plain one. Prints accuracies with standard errors and paired differences, shows
+that the stripped model predicts the same, saves a picture; where timm is installed, does the same to one of its ViTs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import OrderedDict
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from experiment import FOOTNOTE, arguments, introduce, mean_and_error, run_all, table
+from plots import WITH, WITHOUT, plt
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import fastbf
+
+CLASSES, TEST_PER_CLASS, CHANNELS, DEPTH, BATCH = 10, 50, 32, 4, 64
+AFTER = (1, 2)  # blocks that a BatchFormer follows
+SIZES = (10, 40)  # training images of each class
+RATE = 4e-3  # chosen without BatchFormer, of 2e-3 and 4e-3, on other seeds
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    size: int
+    batchformer: bool
+    seed: int
+
+
+class Result(NamedTuple):
+    curve: np.ndarray  # (10,) test accuracy in percent, at even distances
+    model: ViT
+    test: tuple[Tensor, Tensor]  # images and labels
+
+
+class ViT(nn.Module):
+    """A small one, with timm's names: ``blocks`` is an ``nn.Sequential`` on (N, L, C), ``embed_dim`` is C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim = CHANNELS
+        self.patch_embed = nn.Conv2d(1, CHANNELS, kernel_size=2, stride=2)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, CHANNELS))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 17, CHANNELS))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(CHANNELS, 4, 2 * CHANNELS, 0.0, batch_first=True, norm_first=True)
+                for _ in range(DEPTH)
+            )
+        )
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.head = fastbf.SharedClassifier(CHANNELS, CLASSES)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 1, 8, 8) → (N, 17, C), the class token first."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+
+    def features(self, images: Tensor) -> Tensor:
+        """The class token at the end: N rows, or 2N in training with BatchFormer."""
+        return self.norm(self.blocks(self.embed(images)))[:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def insert_batchformer(vit: nn.Module, after: Collection[int], **options: Any) -> list[fastbf.BatchFormer]:
+    """Puts a BatchFormer behind some blocks of a ViT: the first forks the tokens, the others find them forked.
+
+    Blocks keep their names, so checkpoints made without BatchFormer load with ``strict=False``, and those of the
+    stripped model load into a ViT that never had one. In training ``vit(images)`` then has 2N rows for N images:
+    repeat the targets.
+
+    Args:
+        vit: changed in place; ``blocks`` is an ``nn.Sequential`` on (N, L, C), ``embed_dim`` is C, as in timm.
+        after: indices of blocks.
+        options: of every ``fastbf.BatchFormer``.
+
+    Returns:
+        The new modules, for a parameter group of their own.
+    """
+    if not after or not set(after) <= set(range(len(vit.blocks))):
+        raise ValueError(f"after must hold indices of the {len(vit.blocks)} blocks, got {after}")
+    parts, inserted = OrderedDict(), []
+    for i, (name, block) in enumerate(vit.blocks.named_children()):
+        parts[name] = block
+        if i in after:
+            former = fastbf.BatchFormer(vit.embed_dim, forked=bool(inserted), **options)
+            parts[f"batchformer{i}"] = former.to(next(block.parameters())).train(vit.training)
+            inserted.append(former)
+    vit.blocks = nn.Sequential(parts)
+    return inserted
+
+
+def load(size: int, seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(images, labels) for training, ``size`` of each class, and for testing, sorted by class."""
+    digits = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    by_class = [order[digits.target[order] == c] for c in range(CLASSES)]
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    test, train = (
+        torch.from_numpy(np.concatenate([rows[part] for rows in by_class]))
+        for part in (slice(TEST_PER_CLASS), slice(TEST_PER_CLASS, TEST_PER_CLASS + size))
+    )
+    labels = torch.from_numpy(digits.target)
+    return (images[train].to(device), labels[train].to(device)), (images[test].to(device), labels[test].to(device))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """The class of every image, from the model in evaluation mode."""
+    return model.eval()(images).argmax(-1)
+
+
+def train(run: Run, steps: int, device: torch.device) -> Result:
+    """Trains one ViT and measures it ten times on the way."""
+    torch.manual_seed(run.seed)
+    (images, labels), test = load(run.size, run.seed, device)
+    model = ViT().to(device)
+    groups = [{"params": list(model.parameters()), "max_lr": RATE}]
+    if run.batchformer:  # made last, so that both arms begin with the same weights
+        formers = nn.ModuleList(insert_batchformer(model, AFTER))
+        groups.append({"params": list(formers.parameters()), "max_lr": RATE / 2})  # half, as in the paper's code
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.05)
+    rates = [group["max_lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, cycle_momentum=False)
+    # A generator of its own, so that both arms see the same batches.
+    random = torch.Generator().manual_seed(run.seed)
+    curve = []
+    for step in range(steps):
+        rows = torch.randperm(len(labels), generator=random)[:BATCH].to(device)
+        loss = model.head.loss(model.train().features(images[rows]), labels[rows])  # 2N rows, N labels
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // 10) == 0:
+            curve.append((predict(model, test[0]) == test[1]).float().mean().item() * 100)
+    return Result(np.array(curve), model.eval(), test)
+
+
+def accuracy(run: Run, device: torch.device, steps: int) -> np.ndarray:
+    """During training, in percent."""
+    return train(run, steps, device).curve
+
+
+def check_strip(model: nn.Module, images: Tensor) -> str:
+    """Strips a model, compares its predictions, and says so."""
+    stripped = fastbf.strip(copy.deepcopy(model))
+    if not torch.equal(predict(stripped, images), predict(model, images)):
+        raise RuntimeError("the stripped model predicts something else: please report this")
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, stripped))
+    return f"stripped: {before:,} → {after:,} parameters, the same {len(images)} test predictions"
+
+
+def check_timm(device: torch.device) -> str:
+    """The same insertion in one of timm's ViTs, if there is timm; behind the ninth of its twelve blocks."""
+    try:
+        import timm
+    except ImportError as error:
+        return f"timm: not imported ({error})"
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=CLASSES).to(device)
+    insert_batchformer(vit, after=[8])
+    images = torch.randn(4, 3, 64, 64, device=device)
+    rows = len(vit.train()(images)), len(vit.eval()(images))
+    return f"timm {timm.__version__}: {rows[0]} rows in training, {rows[1]} in evaluation; {check_strip(vit, images)}"
+
+
+@torch.no_grad()
+def relations(result: Result, per_class: int = 6) -> np.ndarray:
+    """How much a sample attends to its own class at every position, as a multiple of even attention: (17,)."""
+    images, labels = (x.unflatten(0, (CLASSES, -1))[:, :per_class].flatten(0, 1) for x in result.test)
+    blocks = list(result.model.blocks)
+    first = next(i for i, block in enumerate(blocks) if isinstance(block, fastbf.BatchFormer))
+    tokens = nn.Sequential(*blocks[:first])(result.model.embed(images))
+    weights = blocks[first].attention_map(tokens).mean(1)  # (L, N, N), mean over heads
+    same = labels == labels[:, None]
+    return ((weights * same).sum((1, 2)) / same.sum() * len(labels)).cpu().numpy()
+
+
+def draw(path: Path, curves: dict[bool, np.ndarray], size: int, steps: int, attention: np.ndarray) -> Path:
+    """Accuracy during training, (seeds, 10) for each arm; attention to the own class at every patch."""
+    fig, (ax, patches) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2))
+    for arm, colour, marker in ((False, WITHOUT, "s"), (True, WITH, "o")):
+        mean, error = np.array([mean_and_error(v) for v in curves[arm].T]).T
+        at = steps // 10 * np.arange(1, 11)
+        label = "with BatchFormerV2" if arm else "without"
+        ax.errorbar(at, mean, error, color=colour, marker=marker, capsize=3, lw=1.8, label=label)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("test accuracy, percent")
+    ax.set_title(f"{size} images a class: mean, standard error of {len(curves[True])} seeds", fontsize=10)
+    ax.legend(loc="lower right")
+    image = patches.imshow(attention[1:].reshape(4, 4), cmap="viridis", vmin=0, vmax=2)
+    for i, value in enumerate(attention[1:]):
+        patches.text(i % 4, i // 4, f"{value:.2f}", ha="center", va="center", color="white")
+    patches.set_xticks([])
+    patches.set_yticks([])
+    patches.set_title(f"attention to the own class, 1 = even\n(patches; class token: {attention[0]:.2f})", fontsize=10)
+    fig.colorbar(image)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+    return path
+
+
+def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
+    """Runs the example; returns the accuracies of every run."""
+    args = arguments(__doc__, argv, seeds=8)
+    device, seeds = args.device, range(args.seeds)
+    sizes, steps = (SIZES[-1:], 100) if args.quick else (SIZES, 200)
+    introduce(fastbf.BatchFormer(CHANNELS, device=device), torch.empty(BATCH, 17, CHANNELS, device=device))
+    runs = [Run(*r) for r in itertools.product(sizes, (False, True), seeds)]
+    results = run_all(partial(accuracy, steps=steps), runs, device)
+
+    def curves(size: int, arm: bool) -> np.ndarray:
+        return np.stack([results[Run(size, arm, seed)] for seed in seeds])
+
+    print(f"\ntest accuracy in percent, mean ± standard error over {args.seeds} seeds\n")
+    rows = {str(size): (curves(size, False)[:, -1], curves(size, True)[:, -1]) for size in sizes}
+    print("\n".join([*table("training images per class", rows), "", *FOOTNOTE, ""]))
+
+    torch.set_num_threads(1)  # as in run_all: two threads of so small a net wait for each other
+    shown = train(Run(sizes[0], True, 0), steps, device)
+    print(check_strip(shown.model, shown.test[0]))
+    print(check_timm(device))
+    per_arm = {arm: curves(sizes[0], arm) for arm in (False, True)}
+    print(f"pictures: {draw(args.out / 'vit_v2.png', per_arm, sizes[0], steps, relations(shown))}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
