@@ -18,7 +18,7 @@ demo: $(READY)
 	$(RUN) examples/long_tailed.py --out out
 
 test: $(READY)
-	$(RUN) -m pytest tests --numprocesses auto --maxprocesses 8
+	$(RUN) -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 $(OLD_TRITON): $(READY)
 	$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0

@@ -1,6 +1,6 @@
 """fastbf: BatchFormer at speed. See README.md; importing this needs no GPU and does not import triton."""
 
-from fastbf import functional
+from fastbf import distributed, functional
 from fastbf.backend import explain
 from fastbf.graphs import make_graphed
 from fastbf.modules import BatchFormer, BatchFormerLayer, SharedClassifier
@@ -13,6 +13,7 @@ __all__ = [
     "SharedClassifier",
     "__version__",
     "convert",
+    "distributed",
     "explain",
     "functional",
     "make_graphed",

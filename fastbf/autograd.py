@@ -6,21 +6,47 @@ a second derivative raises RuntimeError.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import classifier, ops
+from fastbf.backend import unbuilt
 from fastbf.chunks import loss_dtype
 from fastbf.classifier import Head
 from fastbf.context import autocast_dtype, differentiated, donated, norm_dtype
 from fastbf.dropout import threshold
-from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Wanted, summed
+from fastbf.encoder_call import NO_BATCH, Layer, Saved
 from fastbf.encoder_weights import Factors, cast_factors
+from fastbf.kernels.launch import BuildError
 from fastbf.kernels.rows import Rows
-from fastbf.once import once_differentiable
+from fastbf.once import Gradients, once_differentiable
+from fastbf.process_groups import Batch
 from fastbf.reference import LayerWeights
+
+
+def _by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
+    """For the backward of a Function that serves ``op``: it runs once, and a kernel that cannot be built is named."""
+
+    def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+        @wraps(backward)
+        def run(ctx: object, *grads: Tensor) -> Gradients:
+            try:
+                return backward(ctx, *grads)
+            except BuildError as error:
+                reason = unbuilt(op, grads[0].device, error)
+                raise RuntimeError(
+                    f"{reason} From now on backend='auto' takes PyTorch for {op}: run the step again."
+                ) from error
+
+        twice = f"the Triton kernels of {op} cannot be differentiated twice: use backend='torch' for that"
+        return once_differentiable(twice)(run)
+
+    return decorate
 
 
 class _Attention(Function):
@@ -37,7 +63,7 @@ class _Attention(Function):
         return o
 
     @staticmethod
-    @once_differentiable("batch_attention")
+    @_by_kernels("batch_attention")
     def backward(ctx, do: Tensor):
         needs = ctx.needs_input_grad[:3]
         grads = ops.attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.drop, list(needs))
@@ -59,7 +85,7 @@ class _AddNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable("dropout_add_layer_norm")
+    @_by_kernels("dropout_add_layer_norm")
     def backward(ctx, dy: Tensor):
         total, weight, seed = ctx.saved_tensors
         x_dtype, residual_dtype, *parameters = ctx.dtypes
@@ -85,7 +111,7 @@ class _Activation(Function):
         return u
 
     @staticmethod
-    @once_differentiable("activation_dropout")
+    @_by_kernels("activation_dropout")
     def backward(ctx, du: Tensor):
         saved, seed = ctx.saved_tensors
         (dh,) = ops.activation_backward(du.contiguous(), saved, ctx.activation, seed, ctx.drop, *ctx.rows)
@@ -95,9 +121,9 @@ class _Activation(Function):
 class _EncoderLayer(Function):
     """A whole encoder layer of rows [R, C]; R = N · L.
 
-    Saves x, the seed and the weights, which exist anyway, and what ``fastbf.encoder.Saved`` lists. In bytes a row, for
-    F = C, post-norm, ReLU, next to what autograd keeps of ``nn.TransformerEncoderLayer`` (its attention's lse and the
-    statistics of its norms, a few bytes a row and head, apart)::
+    Saves x, the seed and the weights, which exist anyway, and what ``fastbf.encoder_call.Saved`` lists. In bytes a row,
+    for F = C, post-norm, ReLU, next to what autograd keeps of ``nn.TransformerEncoderLayer`` (its attention's lse and
+    the statistics of its norms, a few bytes a row and head, apart)::
 
                               fp32 x, 16-bit products (autocast)        everything in 2 bytes
         saved here            2C x, 6C qkv, 2C o, 4C s1, 2C z,          6C qkv, 2C o, 2C s1, 2C z, 2C u, 2C s2
@@ -128,7 +154,7 @@ class _EncoderLayer(Function):
         return out
 
     @staticmethod
-    @once_differentiable("encoder_layer")
+    @_by_kernels("encoder_layer")
     def backward(ctx, d_out: Tensor):
         layer, needs = ctx.layer, ctx.needs_input_grad
         x, seed, *tensors = ctx.saved_tensors
@@ -171,7 +197,7 @@ class _Classifier(Function):
         return made.loss, made.stats
 
     @staticmethod
-    @once_differentiable("linear_cross_entropy")
+    @_by_kernels("linear_cross_entropy")
     def backward(ctx, grad: Tensor, _):
         wanted = classifier.Wanted(*ctx.needs_input_grad[:4])
         x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
@@ -262,20 +288,22 @@ def activation_dropout(x: Tensor, activation: str, *, p: float, seed: Tensor | N
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, *, num_heads: int, activation: str, norm_first: bool, eps: float, p: float,
-    seed: Tensor | None, plain: Tensor | None = None, forked: bool = False,
+    seed: Tensor | None, plain: Tensor | None = None, forked: bool = False, batch: Batch | None = None,
 ) -> Tensor:  # fmt: skip
     """A whole encoder layer. x (N, …, C) → its shape, or a fork (2N, …, C), the plain half first.
 
     The result is a fork of ``plain``, of x's shape, if that is given; or, if x is ``forked``, that is a fork (2N, …, C)
-    itself, of its plain half, the mixed half being what goes through the layer. It lies in memory as x does.
+    itself, of its plain half, the mixed half being what goes through the layer. It lies in memory as x does. With a
+    ``batch`` x is a rank's part of it.
     """
     matrix, rows = _order(x)
     other = None if plain is None or plain is x else _as(plain, rows).view(matrix.shape)
     fork = "input" if forked else "plain" if other is not None else "" if plain is None else "x"
     compute = autocast_dtype(x) or x.dtype
     layer = Layer(
-        rows.samples // 2 if forked else rows.samples, *rows[1:], num_heads, activation, norm_first, eps, threshold(p),
-        fork, compute, norm_dtype(x, torch.promote_types(x.dtype, compute)),
+        rows.samples // 2 if forked else rows.samples, rows.positions, rows.position_major, num_heads, activation,
+        norm_first, eps, threshold(p), fork, compute, norm_dtype(x, torch.promote_types(x.dtype, compute)),
+        *(batch or NO_BATCH),
     )  # fmt: skip
     weights = (*weights[:8], *_dense(*weights[8:]))  # products take any strides
     rows_of_x, other, *weights = _distinct(matrix.reshape(rows.count, -1), other, *weights)

@@ -6,16 +6,20 @@ storing them. Asked for a graph of the gradient (double backward), it differenti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import gemm, reference
+from fastbf import exchange, gemm, reference
 from fastbf.chunks import chunk_elements, compute_dtype
 from fastbf.context import no_autocast
 from fastbf.dropout import Dropout, Site, attention_mask
+from fastbf.once import once_differentiable
+from fastbf.process_groups import Batch
 
 # On CPU, scores of a head from which its products are large enough to be quickest by themselves.
 _LONE_GROUP = 1 << 16
@@ -45,12 +49,14 @@ class _Attention(Function):
     """Saves q, k, v and the seed; nothing of size N × M."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float, first_row: int
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, seed)
-        ctx.scale, ctx.p = scale, p
+        ctx.scale, ctx.p, ctx.first_row = scale, p, first_row
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         o = _batched(out)
-        for tile in _AttentionTiles(q, k, v, seed, scale, p):
+        for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row):
             o[tile.group, tile.row] = gemm.bmm(tile.weights().mul_(tile.mask()), tile.v)
         return out
 
@@ -61,24 +67,25 @@ class _Attention(Function):
         if torch.is_grad_enabled():
             # Aliases: where one input was computed from another, only the direct dependence is wanted here.
             q, k, v = (t.view_as(t) for t in (q, k, v))
-            mask = attention_mask(Dropout(ctx.p, seed, compute_dtype(q.dtype)), q, k.shape[0])
+            mask = attention_mask(Dropout(ctx.p, seed, compute_dtype(q.dtype)), q, k.shape[0], ctx.first_row)
             out = reference.attention(q, k, v, scale=ctx.scale, mask=mask).to(q.dtype)
             wanted = [t for t, need in zip((q, k, v), needs, strict=True) if need]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-            return *(next(grads) if need else None for need in needs), None, None, None
+            return *(next(grads) if need else None for need in needs), None, None, None, None
 
+        tiles = _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p, ctx.first_row)
         with no_autocast(grad):
-            return *_gradients(grad, q, k, v, seed, ctx.scale, ctx.p, needs), None, None, None
+            return *_gradients(grad, q, k, v, tiles, ctx.scale, needs), None, None, None, None
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float, needs: tuple[bool, ...]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tiles: _AttentionTiles, scale: float, needs: tuple[bool, ...]
 ) -> Iterator[Tensor | None]:
     """dq, dk and dv, None where not needed."""
     dtype = compute_dtype(q.dtype)
     totals = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v)]
     g, gq, gk, gv = (_batched(t) for t in (grad, *totals))
-    for tile in _AttentionTiles(q, k, v, seed, scale, p):
+    for tile in tiles:
         g_tile = g[tile.group, tile.row].to(dtype)
         weights, mask = tile.weights(), tile.mask()
         if needs[0] or needs[1]:
@@ -96,10 +103,14 @@ def _gradients(
 class _AttentionTiles:
     """Walks the score matrix of one attention call piece by piece."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, p: float) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, p: float, first_row: int = 0,
+        first_key: int = 0,
+    ) -> None:  # fmt: skip
         self.all_q, self.all_k, self.all_v = _batched(q), _batched(k), _batched(v)
         self.scale, self.dtype = scale, compute_dtype(q.dtype)
-        self.dropout = Dropout(p, seed, self.dtype)
+        self.dropout = None if p == 0 else Dropout(p, seed, self.dtype)
+        self.first_row, self.first_key = first_row, first_key
 
     def __iter__(self) -> Iterator[_AttentionTiles]:
         groups, rows, _ = self.all_q.shape
@@ -113,18 +124,98 @@ class _AttentionTiles:
                 self.k, self.v = (t[group].to(self.dtype).contiguous() for t in (self.all_k, self.all_v))
             yield self
 
+    def scores(self) -> Tensor:
+        """scale · q kᵀ of this piece: (groups, rows, M)."""
+        return gemm.bmm(self.q * self.scale, self.k.mT)
+
     def weights(self) -> Tensor:
         """softmax(scale · q kᵀ) of this piece: (groups, rows, M)."""
-        return torch.softmax(gemm.bmm(self.q * self.scale, self.k.mT), dim=-1)
+        return torch.softmax(self.scores(), dim=-1)
 
     def mask(self) -> Tensor:
         device = self.q.device
         group = torch.arange(self.group.start, self.group.stop, device=device)[:, None]
-        row = torch.arange(self.row.start, self.row.stop, device=device)
-        return self.dropout.multiplier(Site.ATTENTION, group, row, self.k.shape[1])
+        row = torch.arange(self.row.start, self.row.stop, device=device) + self.first_row
+        return self.dropout.multiplier(Site.ATTENTION, group, row, self.k.shape[1], self.first_key)
+
+    def dropped(self, weights: Tensor) -> Tensor:
+        """Weights, or their gradient, after dropout, in place."""
+        return weights if self.dropout is None else weights.mul_(self.mask())
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor) -> Tensor:
-    """drop(softmax(scale · q kᵀ)) v in chunks. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor, first_row: int = 0
+) -> Tensor:  # fmt: skip
+    """drop(softmax(scale · q kᵀ)) v in chunks. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape.
+
+    ``first_row`` is where the queries begin in the batch that dropout knows.
+    """
     with no_autocast(q):
-        return _Attention.apply(q, k, v, seed, scale, p)
+        return _Attention.apply(q, k, v, seed, scale, p, first_row)
+
+
+class _AcrossRanks(Function):
+    """Attention to keys and values that other ranks send. Saves q, this rank's keys and values, the result, its
+    log-sum-exp and the seed.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, batch: Batch) -> Tensor:
+        o, lse = exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, batch)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, kv, o, lse, seed)
+        ctx.scale, ctx.p, ctx.batch = scale, p, batch
+        return o
+
+    @staticmethod
+    @once_differentiable("attention across ranks cannot be differentiated twice")
+    def backward(ctx, do: Tensor):
+        q, kv, o, lse, seed = ctx.saved_tensors
+        part = partial(_backward_part, seed=seed, scale=ctx.scale, p=ctx.p)
+        with no_autocast(do):
+            dq, d_kv = exchange.backward(part, do, q, kv, o, lse, ctx.batch)
+        return dq.to(q.dtype), d_kv.to(kv.dtype), None, None, None, None
+
+
+def _forward_part(
+    q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
+    first_row: int, first_key: int,
+) -> None:  # fmt: skip
+    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys."""
+    o = _batched(o)
+    for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row, first_key):
+        scores = tile.scores()
+        of_rows = torch.logsumexp(scores, dim=-1)
+        lse[tile.group, tile.row] = of_rows / math.log(2)
+        o[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
+
+
+def _backward_part(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
+    p: float, dq: Tensor, dk: Tensor, dv: Tensor, first_row: int, first_key: int,
+) -> None:  # fmt: skip
+    """Writes the gradients of some keys' part in attention; o and lse are those of all keys."""
+    g, o = (_batched(t).to(dq.dtype) for t in (do, o))
+    gq, (gk, gv) = _batched(dq), (torch.zeros(_batched(t).shape, dtype=t.dtype, device=t.device) for t in (dk, dv))
+    delta = (g * o).sum(-1, keepdim=True)
+    for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row, first_key):
+        at = tile.group, tile.row
+        weights = (tile.scores() - lse[at][..., None] * math.log(2)).exp_()
+        d_weights = tile.dropped(gemm.bmm(g[at], tile.v.mT))
+        d_scores = d_weights.sub_(delta[at]).mul_(weights)
+        gq[at] = gemm.bmm(d_scores, tile.k).mul_(scale)
+        gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
+        gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
+    for out, total in ((dk, gk), (dv, gv)):
+        out.copy_(total.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
+
+
+def attention_across_ranks(
+    q: Tensor, kv: Tensor, *, scale: float, p: float, seed: Tensor | None, batch: Batch
+) -> Tensor:  # fmt: skip
+    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in chunks; kv (N, L, 2C) is its own.
+
+    Returns q's shape.
+    """
+    with no_autocast(q):
+        return _AcrossRanks.apply(q, kv, seed, scale, p, batch)

@@ -93,7 +93,7 @@ class Dropout:
             bits = torch.arange(256, device=self.device)[:, None] >> torch.arange(8, device=self.device)
             self.table = ((bits & 1) * 2).to(dtype)
 
-    def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int) -> Tensor:
+    def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
         """Multipliers for every column of the given rows.
 
         Args:
@@ -101,6 +101,7 @@ class Dropout:
             group: int64, position · H + head.
             row: int64, the query's or the sample's index along the batch. Broadcasts with ``group``.
             columns: number of keys or channels.
+            first_column: the first of them, a multiple of 128.
 
         Returns:
             (*broadcast shape of group and row, columns), in ``dtype``; p = 1 gives zeros.
@@ -109,11 +110,10 @@ class Dropout:
         if self.drop == _ALL:
             return torch.zeros((*shape, columns), dtype=self.dtype, device=self.device)
         swapped = self.drop != _HALF and site == Site.ATTENTION
-        if swapped:  # four calls for 32 columns; the first calls alone have the first few
-            calls = min(-(-columns // 2), 4 * -(-columns // 32))
-        else:
-            calls = -(-columns // (128 if self.drop == _HALF else 8))
-        block = torch.arange(calls, device=self.device)
+        per_call = 128 if self.drop == _HALF else 8
+        # If swapped, four calls serve 32 columns, and the first of them alone the first few.
+        calls = min(-(-columns // 2), 4 * -(-columns // 32)) if swapped else -(-columns // per_call)
+        block = torch.arange(calls, device=self.device) + first_column // per_call
         group, row = group[..., None], row[..., None]
         words = philox((block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site)), self.keys)
         if self.drop == _HALF:
@@ -128,15 +128,18 @@ class Dropout:
         return keep[..., :columns]
 
 
-def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
-    """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D)."""
+def attention_mask(dropout: Dropout, q: Tensor, num_keys: int, first_row: int = 0) -> Tensor:
+    """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D).
+
+    ``first_row``, here and below, is where the samples begin in the batch that dropout knows.
+    """
     groups = torch.arange(q[0, ..., 0].numel(), device=q.device).view(*q.shape[1:-1], 1)
-    rows = torch.arange(q.shape[0], device=q.device)
+    rows = torch.arange(q.shape[0], device=q.device) + first_row
     return dropout.multiplier(Site.ATTENTION, groups, rows, num_keys)
 
 
-def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
+def elementwise_mask(dropout: Dropout, site: Site, x: Tensor, first_row: int = 0) -> Tensor:
     """The multiplier for a tensor x (N, …, C) at one of the elementwise sites."""
     positions = torch.arange(x[0, ..., 0].numel(), device=x.device).view(x.shape[1:-1])
-    rows = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (x.dim() - 2))
+    rows = (torch.arange(x.shape[0], device=x.device) + first_row).view(-1, *[1] * (x.dim() - 2))
     return dropout.multiplier(site, positions, rows, x.shape[-1])

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastbf import encoder_attention
 from fastbf.context import no_autocast
 from fastbf.dropout import Site
-from fastbf.encoder import Layer, Saved
+from fastbf.encoder_call import Layer, Saved
 from fastbf.encoder_weights import Factors
-from fastbf.kernels import activation, add_norm, attention
+from fastbf.kernels import activation, add_norm
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import partial_sums
 from fastbf.products import weight_gradient
-from fastbf.reference import split_qkv
 
 
 class Wanted(NamedTuple):
@@ -191,17 +191,13 @@ def _backward(
         return grads._replace(sums=partials.total())
     del dh, dz, u, ds2  # attention's backward needs the room
 
-    # attention
+    # attention; across ranks, gradients of keys and values travel while the output projection's is computed
+    if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
+        attention = encoder_attention.Backward(torch.mm(d_branch, f.out_proj), seed, layer, saved)
     if wanted.out_proj_weight:
         grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
-        d_qkv = torch.empty_like(saved.qkv)
-        attention.backward(
-            layer.heads(torch.mm(d_branch, f.out_proj)),
-            *split_qkv(layer.by_sample(saved.qkv), layer.num_heads), layer.heads(saved.o), saved.lse, seed,
-            *split_qkv(layer.by_sample(d_qkv), layer.num_heads),
-            scale=(channels // layer.num_heads) ** -0.5, threshold=layer.drop,
-        )  # fmt: skip
+        d_qkv = attention.wait()
     if wanted.in_proj_weight:
         normed = x if saved.normed is None else saved.normed
         grads = grads._replace(in_proj_weight=weight_gradient(d_qkv, normed, dtype))

@@ -11,6 +11,7 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from fastbf import checks, reference, torch_backend
 from fastbf.backend import Choice, choose, give_up
-from fastbf.context import autocast, autocast_dtype
-from fastbf.dropout import draw_seed
+from fastbf.context import autocast, autocast_dtype, differentiated, transformed
+from fastbf.dropout import draw_seed, threshold
+from fastbf.process_groups import BACKENDS, CALLS, Batch, Facts, dtype_fact, meet, name_of, rank_and_size
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -216,6 +218,7 @@ def encoder_layer(
     forked: bool = False,
     seed: int | Tensor | None = None,
     backend: str = "auto",
+    process_group: Any = None,
 ) -> Tensor:
     """A transformer encoder layer along the first dimension, from its tensors; its result, or the fork that it ends.
 
@@ -241,12 +244,17 @@ def encoder_layer(
             on. Not together with ``plain``.
         seed: one for the layer's four dropouts, as in :func:`batch_attention`.
         backend: see the module's docstring.
+        process_group: a ``torch.distributed`` group (or the ``group_name`` of one that a layer was given) whose ranks
+            all call, each with its own samples, N of them or none: queries attend to all ranks' samples, as
+            :mod:`fastbf.distributed` says. None is this process alone.
 
     Returns:
         (N, …, C), or with ``plain`` or ``forked`` the fork (2N, …, C), the plain half first.
 
     Raises:
-        TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count.
+        TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count, and on
+            every rank if the ranks of a process_group do not make the same call.
+        RuntimeError: a CUDA graph is being captured of a call with a process_group.
 
     Source: paper section 3.2; DESIGN section 1.
     """
@@ -267,11 +275,45 @@ def encoder_layer(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
+    group = name_of(process_group)
+    alone = group is None or rank_and_size(group)[1] == 1
+    absent = not alone and x.shape[0] == 0
+    if absent:  # others wait for what this rank computes, of nothing: a row stands in
+        x, plain = _with_stand_in(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
-    return _run(
-        "encoder_layer", choice, backend, x, weights, num_heads=num_heads, activation=activation,
-        norm_first=norm_first, eps=eps, p=p, seed=_as_seed(seed, p, x.device), plain=plain, forked=forked,
+    options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps, "p": p}
+    options |= {"seed": _as_seed(seed, p, x.device), "plain": plain, "forked": forked}
+    if alone:
+        return _run("encoder_layer", choice, backend, x, weights, **options)
+    batch = _meet(group, x, weights, absent, choice, **options)
+    # No second try on PyTorch where a kernel cannot be built: the other ranks would not take part.
+    out = _run("encoder_layer", choice, choice.backend, x, weights, batch=batch, **options)
+    return out[:0] if absent else out
+
+
+def _with_stand_in(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tensor, Tensor | None]:
+    """A sample of zeros for a batch without any, in each stream of x, and in plain."""
+    row = x.new_zeros(2 if forked else 1, *x.shape[1:])
+    filled = torch.cat([x, row])
+    return filled, filled if plain is x else plain if plain is None else torch.cat([plain, row])
+
+
+def _meet(
+    group: str, x: Tensor, weights: reference.LayerWeights, absent: bool, choice: Choice, *, num_heads: int, p: float,
+    norm_first: bool, forked: bool, **_: object,
+) -> Batch | None:  # fmt: skip
+    """The batch that this rank's samples are a part of; None if they all come to nothing."""
+    if transformed():
+        raise ValueError("a process_group is not for transforms of torch.func")
+    dtype = autocast_dtype(x) or x.dtype
+    roots = [x, weights.in_proj_weight, weights.in_proj_bias]
+    roots += [weights.norm1_weight, weights.norm1_bias] if norm_first else []
+    facts = Facts(
+        CALLS.index("encoder_layer"), math.prod(x.shape[1:-1]), x.shape[-1], num_heads, dtype_fact(dtype),
+        threshold(p), int(differentiated(*roots)), BACKENDS.index(choice.backend),
     )  # fmt: skip
+    batch = meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
+    return batch if batch.total and x.numel() else None
 
 
 # What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.

@@ -11,15 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbf import checks, functional, reference
+from fastbf import checks, distributed, functional, reference
 from fastbf.backend import check_backend, choose
-
-
-def _check_process_group(process_group: object) -> None:
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group must be None in this version: attention across ranks is not implemented yet"
-        )
+from fastbf.process_groups import group_of, name_of
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -40,11 +34,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
     Args:
         backend: keyword-only; "auto", "triton" or "torch".
-        process_group: keyword-only; must be None in this version.
+        process_group: keyword-only; a ``torch.distributed`` group whose ranks' batches attend to each other, in
+            training and evaluation, see :mod:`fastbf.distributed`; None is this process alone (``dist.group.WORLD`` is
+            None before ``init_process_group``). Can be set later, too. Calls that the fused layer does not cover raise.
 
     Raises:
         ValueError: an activation name other than "relu" and "gelu", a head count that does not divide ``d_model``,
-            dropout outside [0, 1], an unknown backend.
+            dropout outside [0, 1], an unknown backend, a group that this process is not in.
+        TypeError: process_group is something else than a group.
 
     Source: paper section 3.2; the arithmetic is that of ``torch.nn.TransformerEncoderLayer``.
     """
@@ -74,13 +71,21 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         if isinstance(activation, str):
             checks.choice("activation", activation, functional.ACTIVATIONS)
         check_backend(backend)
-        _check_process_group(process_group)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
         )  # fmt: skip
         self.backend = backend
         self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:
+        """The group whose ranks' batches attend to each other, or None. Copies and pickles of a layer hold its name."""
+        return group_of(self._group)
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._group = name_of(process_group)
 
     def forward(
         self,
@@ -94,7 +99,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         For BatchFormer S is the batch of samples. Returns src's shape.
 
         Raises:
-            ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers.
+            ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers; a
+                process_group for a call that the fused layer does not cover.
             TypeError: src is not a floating-point tensor.
         """
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
@@ -102,11 +108,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         reason = "the call has an attention mask." if masked else self.parent_reason(src)
         if reason is None:
             self._check(src)
-        head_dim = None if reason else self.self_attn.head_dim
-        choice = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
-        # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
-        if reason is not None or (choice.backend == "torch" and not self.training):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        elif self._group is not None:
+            raise ValueError(f"a layer with a process_group cannot serve this call: {reason}")
+        if self._group is None:
+            head_dim = None if reason else self.self_attn.head_dim
+            choice = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
+            # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
+            if reason is not None or (choice.backend == "torch" and not self.training):
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
         out = self._fused(src.transpose(0, 1) if along_batch else src)
         return out.transpose(0, 1) if along_batch else out
@@ -114,6 +123,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
     def writes_forks(self, x: Tensor) -> bool:
         """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do, on kernels."""
         if type(self).forward is not BatchFormerLayer.forward or _is_altered(self) or self.parent_reason(x) is not None:
+            return False
+        if self._group is not None and x.shape[0] == 0:  # nothing to write, but others to work for
             return False
         return choose(self.backend, self.op, x, head_dim=self.self_attn.head_dim).backend == "triton"
 
@@ -184,15 +195,17 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             norm_first=self.norm_first,
             eps=self.norm1.eps,
             backend=self.backend,
+            process_group=self._group,
             **fork,
         )
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Softmax weights along the first dimension of x (N, …, C), without dropout: (…, H, N, N)."""
+        """Softmax weights along the first dimension of x (N, …, C), without dropout: (…, H, N, M), M of all ranks."""
         w = self._weights()
         if self.norm_first:
             x = F.layer_norm(x, (x.shape[-1],), w.norm1_weight, w.norm1_bias, self.norm1.eps)
         q, k, _ = reference.split_qkv(F.linear(x, w.in_proj_weight, w.in_proj_bias), self.self_attn.num_heads)
+        k, _ = distributed.gather(k, self._group)
         return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
 
 
@@ -241,7 +254,8 @@ class BatchFormer(nn.Module):
         forked: the input already holds both streams (a second insertion in a BatchFormerV2 network): only its second
             half is mixed, and nothing is doubled.
         backend: "auto", "triton" or "torch".
-        process_group: must be None in this version.
+        process_group: a ``torch.distributed`` group whose ranks' batches attend to each other, see
+            :mod:`fastbf.distributed`; None is this process alone.
         device, dtype: of the parameters.
 
     Attributes:
@@ -283,7 +297,7 @@ class BatchFormer(nn.Module):
         if batch_dim == channel_dim:
             raise ValueError(f"batch_dim and channel_dim must differ, got {batch_dim} for both")
         self.dim, self.batch_dim, self.channel_dim = dim, batch_dim, channel_dim
-        self.forked, self.backend, self.process_group = forked, backend, process_group
+        self.forked, self.backend = forked, backend
         self.layers = nn.ModuleList(
             BatchFormerLayer(
                 dim,
@@ -301,6 +315,16 @@ class BatchFormer(nn.Module):
             )
             for _ in range(num_layers)
         )
+
+    @property
+    def process_group(self) -> Any:
+        """That of the layers."""
+        return self.layers[0].process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        for layer in self.layers:
+            layer.process_group = process_group
 
     def forward(self, features: Tensor, *targets: Any) -> Any:
         """Forks the features in training; gives everything back as it is in evaluation.
@@ -360,7 +384,8 @@ class BatchFormer(nn.Module):
         """Softmax weights of the last layer, without dropout, for looking at sample relations.
 
         Returns:
-            (…, H, N, N): the positions in their order, then heads, queries, keys.
+            (…, H, N, N): the positions in their order, then heads, queries, keys. With a ``process_group`` the keys
+            are those of all ranks, in their order.
         """
         x = features.movedim(self._dims(features), (0, -1))
         positions = x.shape[1:-1]

@@ -7,39 +7,24 @@ they return and of which the compiler knows shapes and dtypes. Importing this im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastbf import classifier, encoder, encoder_backward
 from fastbf.classifier import Head, Results
+from fastbf.distributed import BATCH
 from fastbf.dropout import Site
-from fastbf.encoder import Layer, Saved
 from fastbf.encoder_backward import Gradients, Wanted
+from fastbf.encoder_call import Layer, Saved, allocate, kept
 from fastbf.encoder_weights import Factors
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Rows, partial_sums
+from fastbf.process_groups import confirm
 from fastbf.reference import LayerWeights
-
-
-def _operator(schema: str, fake: Callable[..., list[Tensor]]) -> Callable[[Callable], Callable]:
-    """Registers a function by its name and this schema; what replaces it calls the operator only under a compiler."""
-
-    def register(raw: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-        name = f"fastbf::{raw.__name__}"
-        torch.library.define(name, schema)
-        torch.library.impl(name, ("cpu", "cuda"))(raw)
-        torch.library.register_fake(name)(fake)
-        operator = getattr(torch.ops.fastbf, raw.__name__).default
-
-        def call(*args: object) -> list[Tensor]:
-            return (operator if torch.compiler.is_compiling() else raw)(*args)
-
-        return call
-
-    return register
+from fastbf.registered import operator
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -55,7 +40,7 @@ def _attention_results(q: Tensor, k: Tensor, v: Tensor, *_: object) -> list[Tens
     return o
 
 
-@_operator("(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, int drop) -> Tensor[]", _attention_results)
+@operator("(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, int drop) -> Tensor[]", _attention_results)
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, drop: int
 ) -> list[Tensor]:  # fmt: skip
@@ -70,7 +55,7 @@ def _attention_gradients(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
     return [_empty_like(x) for x in (q, k, v)]
 
 
-@_operator(
+@operator(
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? o, Tensor? lse, Tensor? seed, float scale, int drop,"
     " bool[] needs) -> Tensor[]",
     _attention_gradients,
@@ -87,20 +72,23 @@ def attention_backward(
 
 _LAYER = (
     "SymInt samples, SymInt positions, bool position_major, int num_heads, str activation, bool norm_first, float eps,"
-    " int drop, str fork, ScalarType compute, ScalarType norm"
+    f" int drop, str fork, ScalarType compute, ScalarType norm, {BATCH}"
 )
 
 
 def _encoder_results(x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer):
-    out, saved = encoder.allocate(x, plain, LayerWeights(*weights), Layer(*layer))
+    out, saved = allocate(x, plain, LayerWeights(*weights), Layer(*layer))
     return [out, *(t for t in saved if t is not None)]
 
 
-@_operator(f"(Tensor x, Tensor? plain, Tensor?[] weights, Tensor? seed, {_LAYER}) -> Tensor[]", _encoder_results)
+@operator(f"(Tensor x, Tensor? plain, Tensor?[] weights, Tensor? seed, {_LAYER}) -> Tensor[]", _encoder_results)
 def _encoder_forward(
     x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer: object
 ) -> list[Tensor]:
-    out, saved = encoder.forward(x, plain, LayerWeights(*weights), seed, Layer(*layer))
+    layer = Layer(*layer)
+    if layer.group:
+        confirm(layer.batch)
+    out, saved = encoder.forward(x, plain, LayerWeights(*weights), seed, layer)
     return [out, *(t for t in saved if t is not None)]
 
 
@@ -110,7 +98,7 @@ def encoder_forward(
     """``fastbf.encoder.forward``."""
     out, *rest = _encoder_forward(x, plain, list(weights), seed, *layer)
     tensors = iter(rest)
-    return out, Saved(*(next(tensors) if is_kept else None for is_kept in encoder.kept(x.dtype, weights, layer)))
+    return out, Saved(*(next(tensors) if is_kept else None for is_kept in kept(x.dtype, weights, layer)))
 
 
 def _encoder_gradients(
@@ -134,7 +122,7 @@ def _encoder_gradients(
     return grads
 
 
-@_operator(
+@operator(
     "(Tensor d_out, Tensor x, Tensor?[] saved, Tensor[] factors, Tensor? seed, bool[] wanted, ScalarType dtype,"
     f" {_LAYER}) -> Tensor[]",
     _encoder_gradients,
@@ -159,7 +147,7 @@ def encoder_gradients(
     return Gradients(*(next(grads) if is_present else None for is_present in present))
 
 
-_ROWS = "SymInt samples, SymInt positions, bool position_major"
+_ROWS = "SymInt samples, SymInt positions, bool position_major, SymInt first"
 
 
 def _add_norm_results(
@@ -170,7 +158,7 @@ def _add_norm_results(
     return [torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in (norm, total)]
 
 
-@_operator(
+@operator(
     "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor? seed, int drop, ScalarType norm,"
     f" {_ROWS}) -> Tensor[]",
     _add_norm_results,
@@ -196,7 +184,7 @@ def _add_norm_gradients(
     return [*(torch.empty(dy.shape, dtype=dtype, device=dy.device) for dtype in (x_dtype, residual_dtype)), sums]
 
 
-@_operator(
+@operator(
     "(Tensor dy, Tensor total, Tensor weight, float eps, Tensor? seed, int drop, ScalarType x_dtype,"
     f" ScalarType residual_dtype, {_ROWS}) -> Tensor[]",
     _add_norm_gradients,
@@ -222,7 +210,7 @@ def _activation_results(h: Tensor, *_: object) -> list[Tensor]:
     return [_empty_like(h)]
 
 
-@_operator(f"(Tensor h, str activation, Tensor? seed, int drop, {_ROWS}) -> Tensor[]", _activation_results)
+@operator(f"(Tensor h, str activation, Tensor? seed, int drop, {_ROWS}) -> Tensor[]", _activation_results)
 def activation_forward(
     h: Tensor, name: str, seed: Tensor | None, drop: int, *rows: int | bool
 ) -> list[Tensor]:  # fmt: skip
@@ -236,7 +224,7 @@ def _activation_gradients(du: Tensor, *_: object) -> list[Tensor]:
     return [_empty_like(du)]
 
 
-@_operator(
+@operator(
     f"(Tensor du, Tensor saved, str activation, Tensor? seed, int drop, {_ROWS}) -> Tensor[]", _activation_gradients
 )
 def activation_backward(
@@ -259,7 +247,7 @@ def _classifier_results(x: Tensor, matrix: Tensor, bias: Tensor | None, target: 
     return [t for t in classifier.allocate(x, matrix, Head(*head)) if t is not None]
 
 
-@_operator(
+@operator(
     f"(Tensor x, Tensor matrix, Tensor? bias, Tensor target, Tensor? weight, Tensor? logit_bias, {_HEAD}) -> Tensor[]",
     _classifier_results,
 )
@@ -295,7 +283,7 @@ def _classifier_gradients(
     return grads
 
 
-@_operator(
+@operator(
     "(Tensor grad, Tensor x, Tensor matrix, Tensor z, Tensor of_rows, Tensor total, Tensor? bias, Tensor target,"
     " Tensor? weight, Tensor? logit_bias, bool[] wanted, ScalarType x_dtype, ScalarType matrix_dtype,"
     f" {_HEAD}) -> Tensor[]",

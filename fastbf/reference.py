@@ -77,9 +77,11 @@ def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None
     return _drop(F.relu(x) if activation == "relu" else F.gelu(x), mask)
 
 
-def self_attention(qkv: Tensor, num_heads: int, *, mask: Tensor | None = None) -> Tensor:
-    """Attention of the batch to itself. qkv (N, …, 3C) as :func:`split_qkv` takes it → (N, …, H, D)."""
-    q, k, v = split_qkv(qkv, num_heads)
+def self_attention(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, *, mask: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Attention of the batch to itself. x (N, …, C), weight (3C, C), bias (3C,) → (N, …, H, D)."""
+    q, k, v = split_qkv(F.linear(x, weight, bias), num_heads)
     return attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
 
 
@@ -102,14 +104,13 @@ def encoder_layer(
 ) -> Tensor:
     """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C).
 
-    ``self_attention(qkv, num_heads, mask=)`` and ``linear(x, weight, bias)`` compute what their names say; a backend
-    passes quicker ones than these defaults.
+    ``self_attention(x, weight, bias, num_heads, mask=)``, with its first product, and ``linear(x, weight, bias)``
+    compute what their names say; a backend passes quicker ones than these defaults.
     """
     w = weights
 
     def attend(x: Tensor) -> Tensor:
-        qkv = linear(x, w.in_proj_weight, w.in_proj_bias)
-        o = self_attention(qkv, num_heads, mask=masks.attention)
+        o = self_attention(x, w.in_proj_weight, w.in_proj_bias, num_heads, mask=masks.attention)
         return linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
 
     def feedforward(z: Tensor) -> Tensor:

@@ -6,18 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import chunked_attention, chunked_classifier, gemm, reference
+from fastbf import chunked_attention, chunked_classifier, collectives, distributed, gemm, reference
 from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype
 from fastbf.context import autocast, autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
+from fastbf.exchange import split_kv
+from fastbf.process_groups import Batch
 
 
-def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor) -> Tensor | None:
-    return None if p == 0 or x.numel() == 0 else elementwise_mask(Dropout(p, seed, x.dtype), site, x)
+def _mask(p: float, seed: Tensor | None, site: Site, x: Tensor, first_row: int = 0) -> Tensor | None:
+    return None if p == 0 or x.numel() == 0 else elementwise_mask(Dropout(p, seed, x.dtype), site, x, first_row)
 
 
-def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """drop(softmax(scale · q kᵀ)) v by what is quickest: SDPA without dropout, else chunks."""
+def batch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None, first_row: int = 0
+) -> Tensor:  # fmt: skip
+    """drop(softmax(scale · q kᵀ)) v by what is quickest: SDPA without dropout, else chunks.
+
+    ``first_row`` is where the queries begin in the batch that dropout knows.
+    """
     if q.numel() == 0 or k.numel() == 0:
         return reference.attention(q, k, v, scale=scale)
     if p == 0:
@@ -25,9 +32,32 @@ def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, 
         o = F.scaled_dot_product_attention(*batch, scale=scale)
         return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
     if traced():
-        mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0])
+        mask = attention_mask(Dropout(p, seed, q.dtype), q, k.shape[0], first_row)
         return reference.attention(q, k, v, scale=scale, mask=mask)
-    return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed)
+    return chunked_attention.attention(q, k, v, scale=scale, p=p, seed=seed, first_row=first_row)
+
+
+def _attention_across_ranks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, *, p: float, seed: Tensor | None, batch: Batch
+) -> Tensor:  # fmt: skip
+    """Attention of x (N, …, C) to all ranks' samples, from the first product on → (N, …, H, D).
+
+    Keys and values come first, so that they travel while the queries are computed.
+    """
+    channels = x.shape[-1]
+    w_q, w_kv = weight.split([channels, 2 * channels])
+    b_q, b_kv = (None, None) if bias is None else bias.split([channels, 2 * channels])
+    scale = (channels // num_heads) ** -0.5
+    kv = gemm.linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
+    at_once = traced() or collectives.gathers(batch, kv[0].numel() * kv.element_size())
+    coming = distributed.begin(kv, batch) if at_once else None
+    q = gemm.linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
+    if at_once:
+        k, v = split_kv(distributed.gather_batch(kv, batch, coming), num_heads)
+        o = batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first)
+    else:
+        o = chunked_attention.attention_across_ranks(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
+    return o.view(*x.shape[:-1], num_heads, -1)
 
 
 def dropout_add_layer_norm(
@@ -45,7 +75,7 @@ def activation_dropout(x: Tensor, activation: str, *, p: float, seed: Tensor | N
 
 def encoder_layer(
     x: Tensor, weights: reference.LayerWeights, *, p: float, seed: Tensor | None, plain: Tensor | None, forked: bool,
-    **options: object,
+    batch: Batch | None = None, **options: object,
 ) -> Tensor:  # fmt: skip
     """A whole encoder layer, or the fork that it ends, as :func:`fastbf.functional.encoder_layer` says."""
     if forked:
@@ -53,14 +83,17 @@ def encoder_layer(
     width = weights.linear1_weight.shape[0]
     hidden = x.new_empty((), dtype=autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], width)
     output = hidden[..., :1].expand(x.shape)
+    first = 0 if batch is None else batch.first
     masks = reference.LayerMasks(
-        attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output),
-        activation=_mask(p, seed, Site.ACTIVATION, hidden),
-        feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output),
+        attention_output=_mask(p, seed, Site.ATTENTION_OUTPUT, output, first),
+        activation=_mask(p, seed, Site.ACTIVATION, hidden, first),
+        feedforward_output=_mask(p, seed, Site.FEEDFORWARD_OUTPUT, output, first),
     )
 
-    def self_attention(qkv: Tensor, num_heads: int, *, mask: None) -> Tensor:
-        q, k, v = reference.split_qkv(qkv, num_heads)
+    def self_attention(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, *, mask: None) -> Tensor:
+        if batch is not None:
+            return _attention_across_ranks(x, weight, bias, num_heads, p=p, seed=seed, batch=batch)
+        q, k, v = reference.split_qkv(gemm.linear(x, weight, bias), num_heads)
         return batch_attention(q, k, v, scale=q.shape[-1] ** -0.5, p=p, seed=seed)
 
     mixed = reference.encoder_layer(

@@ -15,7 +15,7 @@ from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import ACTIVATION_TILE, Rows, multiplier, place
 
-_RUNTIME = ["rows", "inner", "position_major", "tiles", "threshold", "stride", "site"]
+_RUNTIME = ["rows", "inner", "position_major", "first", "tiles", "threshold", "stride", "site"]
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _gelu_gate(h):
 @triton.jit(do_not_specialize=_RUNTIME)
 def activation_forward(
     p_h, p_u, p_seed,
-    rows: tl.int32, inner: tl.int32, position_major: tl.int32, tiles: tl.int32, site: tl.int32,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, first: tl.int32, tiles: tl.int32, site: tl.int32,
     threshold: tl.int32, keep_scale: tl.float32,
     F: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def activation_forward(
     index = program // tiles * BM + tl.arange(0, BM)
     start = program % tiles * BC
     columns = start + tl.arange(0, BC)
-    _, sample, position = place(index, inner, position_major)
+    _, sample, position = place(index, inner, position_major, first)
     mask = (index < rows)[:, None] & (columns < F)[None, :]
     offsets = index.to(tl.int64)[:, None] * F + columns[None, :]
     h = tl.load(p_h + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BC]
@@ -49,7 +49,7 @@ def activation_forward(
 @triton.jit(do_not_specialize=_RUNTIME)
 def activation_backward(
     p_du, p_saved, p_dh, p_u, p_partials, p_seed,
-    rows: tl.int32, inner: tl.int32, position_major: tl.int32, tiles: tl.int32, stride: tl.int32,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, first: tl.int32, tiles: tl.int32, stride: tl.int32,
     site: tl.int32, threshold: tl.int32, keep_scale: tl.float32,
     F: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
     STORE_U: tl.constexpr, PARTIALS: tl.constexpr,
@@ -62,8 +62,8 @@ def activation_backward(
     start = program % tiles * BC
     columns = start + tl.arange(0, BC)
     total = tl.zeros((BM, BC), tl.float32)
-    for first in range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM):
-        index = first + tl.arange(0, BM)
+    for top in range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM):
+        index = top + tl.arange(0, BM)
         mask = (index < rows)[:, None] & (columns < F)[None, :]
         offsets = index.to(tl.int64)[:, None] * F + columns[None, :]
         dh = tl.load(p_du + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BC]
@@ -72,7 +72,7 @@ def activation_backward(
             gate = _gelu_gate(saved)
             slope = gate + saved * tl.exp(saved * saved * -0.5) * 0.3989422804014327
             if KEEP != KEEP_ALL:
-                _, sample, position = place(index, inner, position_major)
+                _, sample, position = place(index, inner, position_major, first)
                 keep = multiplier(p_seed, site, position, sample, start, threshold, keep_scale, BC, KEEP)
                 dh *= keep
                 gate *= keep
@@ -110,7 +110,7 @@ def forward(
     """
     tiles = cdiv(h.shape[-1], ACTIVATION_TILE.channels)
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), tiles, site, threshold, keep_scale(threshold)
+        rows.count, rows.inner, int(rows.position_major), rows.first, tiles, site, threshold, keep_scale(threshold),
     )  # fmt: skip
     programs = cdiv(rows.count, ACTIVATION_TILE.rows) * tiles
     tensors = (h, u, seed_or(seed, h))
@@ -144,7 +144,7 @@ def backward(
     parts = cdiv(rows.count, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
     tensors = (du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(seed, du))
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), tiles,
+        rows.count, rows.inner, int(rows.position_major), rows.first, tiles,
         0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold),
     )  # fmt: skip
     constants = _constants(du, activation, threshold)

@@ -19,7 +19,7 @@ from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
 
-_RUNTIME = ["rows", "inner", "position_major", "skipped", "half", "stride", "site", "threshold"]
+_RUNTIME = ["rows", "inner", "position_major", "first", "skipped", "half", "stride", "site", "threshold"]
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _normalised(s, mask, eps, C: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def add_norm_forward(
     p_x, p_residual, p_weight, p_bias, p_plain, p_sum, p_y, p_copy, p_seed,
-    rows: tl.int32, inner: tl.int32, position_major: tl.int32, skipped: tl.int32, half: tl.int32,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, first: tl.int32, skipped: tl.int32, half: tl.int32,
     site: tl.int32, threshold: tl.int32, keep_scale: tl.float32, eps: tl.float32,
     C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
     HAS_X: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -52,7 +52,7 @@ def add_norm_forward(
     """BM rows: s, y, y again in another dtype, and the plain half of the fork, each if its flag is set."""
     index = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.arange(0, BC)
-    outer, sample, position = place(index, inner, position_major)
+    outer, sample, position = place(index, inner, position_major, first)
     mask = (index < rows)[:, None] & (columns < C)[None, :]
     offsets = _offsets(index, outer, skipped, half, columns, False, C)
     o_y = _offsets(index, outer, skipped, half, columns, FORK, C)
@@ -93,7 +93,7 @@ def _add_to(p_total, x, columns, first, C: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def add_norm_backward(
     p_dy, p_dy2, p_skip, p_d_plain, p_sum, p_weight, p_ds, p_dx, p_partials, p_seed,
-    rows: tl.int32, inner: tl.int32, position_major: tl.int32, skipped: tl.int32, half: tl.int32,
+    rows: tl.int32, inner: tl.int32, position_major: tl.int32, first: tl.int32, skipped: tl.int32, half: tl.int32,
     stride: tl.int32, site: tl.int32, threshold: tl.int32, keep_scale: tl.float32, eps: tl.float32,
     C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, KEEP: tl.constexpr,
     HAS_X: tl.constexpr, NORM: tl.constexpr, HAS_DY2: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_PLAIN: tl.constexpr,
@@ -119,7 +119,7 @@ def add_norm_backward(
     # Nothing moved out of the loop: what was would fill the registers and be spilled.
     for start in tl.range(program * BM, rows, tl.num_programs(0) * BM, disable_licm=True):
         index = start + tl.arange(0, BM)
-        outer, sample, position = place(index, inner, position_major)
+        outer, sample, position = place(index, inner, position_major, first)
         mask = (index < rows)[:, None] & (columns < C)[None, :]
         offsets = _offsets(index, outer, skipped, half, columns, False, C)
         o_dy = _offsets(index, outer, skipped, half, columns, DY_FORKED, C)
@@ -214,7 +214,8 @@ def forward(
     optional = (x, residual, weight, bias, plain, total, y, copy, seed)
     tensors = tuple([residual if t is None else t for t in optional])
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), *rows.fork, site, threshold, keep_scale(threshold), eps,
+        rows.count, rows.inner, int(rows.position_major), rows.first, *rows.fork,
+        site, threshold, keep_scale(threshold), eps,
     )  # fmt: skip
     flags = {
         "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
@@ -268,7 +269,7 @@ def backward(
     programs = cdiv(rows.count, tile.rows) if partials is None else partials.shape[0]
     tensors = (*[dy if t is None else t for t in optional], seed_or(seed, dy))
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), *rows.fork,
+        rows.count, rows.inner, int(rows.position_major), rows.first, *rows.fork,
         0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold), eps,
     )  # fmt: skip
     flags = {

@@ -21,6 +21,7 @@ class Rows(NamedTuple):
     samples: int
     positions: int
     position_major: bool  #: memory holds (L, N, C)
+    first: int = 0  #: where the samples begin in the batch that dropout knows
 
     @property
     def count(self) -> int:
@@ -79,13 +80,13 @@ def partial_sums(rows: int, limits: Limits) -> int:
 
 
 @triton.jit
-def place(index, inner, position_major):
-    """Rows [BM] in memory order → outer index, sample, position (int64)."""
+def place(index, inner, position_major, first):
+    """Rows [BM] in memory order → outer index, sample in the whole batch, position (int64)."""
     outer = index // inner
     within = index - outer * inner
     sample = tl.where(position_major != 0, within, outer)
     position = tl.where(position_major != 0, outer, within)
-    return outer, sample, position.to(tl.int64)
+    return outer, first + sample, position.to(tl.int64)
 
 
 @triton.jit

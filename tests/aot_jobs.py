@@ -47,6 +47,15 @@ class Job(NamedTuple):
     meant: tuple[str, ...] = ()  #: what else is meant to be in the machine code
 
 
+#: What attention writes in fp32 where ranks share a batch: what is summed over chunks or ranks.
+SUMMED_POINTERS = {
+    "forward_streaming": ("p_o",),
+    "backward_query": ("p_dq",),
+    "backward_key_value": ("p_dk", "p_dv"),
+    "backward_packed": ("p_dk", "p_dv"),
+}
+
+
 def _elements(kernel: str, dtype: str, narrow: str | None = None) -> dict[str, str]:
     """The element type of every pointer: ``dtype``, and ``narrow`` where autocast has 16 bits."""
     types = {}
@@ -60,7 +69,7 @@ def _elements(kernel: str, dtype: str, narrow: str | None = None) -> dict[str, s
 
 def _attention_jobs(full: bool) -> Iterator[Job]:
     """One of an entry's two kinds at its largest head dimension with decisions of one bit, the other at one that fills
-    no chunk with decisions of 16; ``full`` both ways of both.
+    no chunk with decisions of 16; ``full`` both ways of both. The second kind writes what ranks sum in fp32.
     """
     for (kernel, itemsize, architecture), by_head_dim in TABLE.items():
         kinds = [("bf16", "tf32"), ("fp16", "tf32")] if itemsize == 2 else [("fp32", "tf32"), ("fp32", "ieee")]
@@ -77,8 +86,11 @@ def _attention_jobs(full: bool) -> Iterator[Job]:
                     }  # fmt: skip
                     tiles = "{}x{}x{}, {} warps, {}".format(*config) + ", reload" * config.reload
                     label = f"{dtype} {precision}" if dtype == "fp32" else dtype
+                    elements = _elements(kernel, dtype)
+                    if dtype == "fp16":
+                        elements |= dict.fromkeys(SUMMED_POINTERS.get(kernel, ()), "fp32")
                     yield Job(
-                        kernel, label, size, keep, capability, tiles, _elements(kernel, dtype), constants,
+                        kernel, label, size, keep, capability, tiles, elements, constants,
                         {"num_warps": config.num_warps, "num_stages": config.num_stages}, precision == "tf32",
                     )  # fmt: skip
 

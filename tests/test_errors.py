@@ -50,7 +50,11 @@ CASES = [
     (lambda: fastbf.BatchFormer(8, backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'torch'"),
     (lambda: fastbf.BatchFormer(8, batch_dim=1, channel_dim=1), ValueError, "batch_dim and channel_dim must differ"),
     (lambda: fastbf.BatchFormer(8, batch_dim=0.0), TypeError, "batch_dim must be an int, got float"),
-    (lambda: fastbf.BatchFormer(8, process_group=1), NotImplementedError, "process_group must be None"),
+    (
+        lambda: fastbf.BatchFormer(8, process_group=1),
+        TypeError,
+        "process_group must be a torch.distributed process group",
+    ),
     (lambda: fastbf.BatchFormerLayer(8, 3), ValueError, "nhead must divide d_model, got 3"),
     (lambda: fastbf.BatchFormerLayer(8, 4, 0), ValueError, "dim_feedforward must be at least 1"),
     (lambda: fastbf.SharedClassifier(8, 0), ValueError, "num_classes must be at least 1"),

@@ -5,9 +5,9 @@ import torch
 from torch.library import opcheck
 
 import fastbf
-from fastbf import backend, classifier, encoder, functional, ops
+from fastbf import backend, classifier, distributed, functional, ops
 from fastbf.classifier import Head
-from fastbf.encoder import Layer, Saved
+from fastbf.encoder_call import NO_BATCH, Layer, Saved, kept
 from fastbf.encoder_weights import Factors, cast_factors
 from fastbf.kernels import probe
 from fastbf.kernels.rows import Rows
@@ -68,12 +68,12 @@ def test_activation(name):
 )
 def test_encoder(n, norm_first, fork, compute):
     activation = "gelu" if norm_first else "relu"
-    layer = Layer(n, 1, False, 4, activation, norm_first, 1e-5, 32768, fork, compute, torch.float32)
+    layer = Layer(n, 1, False, 4, activation, norm_first, 1e-5, 32768, fork, compute, torch.float32, *NO_BATCH)
     x, given = features(n, (), 32).detach(), [t.detach() for t in weights(32, 40)]
     plain = {"plain": x + 1, "input": torch.cat([x + 1, x])}.get(fork)
     out, *rest = check("_encoder_forward", x, plain, given, seed(), *layer)
     tensors = iter(rest)
-    saved = Saved(*(next(tensors) if kept else None for kept in encoder.kept(x.dtype, LayerWeights(*given), layer)))
+    saved = Saved(*(next(tensors) if wanted else None for wanted in kept(x.dtype, LayerWeights(*given), layer)))
     factors = Factors(*given[:8:2], given[8], given[10])
     if saved.cast is not None:
         factors = cast_factors(saved.cast, 40, given[8], given[10])
@@ -113,8 +113,9 @@ def test_every_operator_is_checked():
         "_encoder_forward",
         "_classifier_forward",
     )
-    assert names == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
-    assert all(hasattr(ops, name) for name in names)
+    across_ranks = {"_gather", "_scatter_sum"}  # tests/test_distributed.py
+    assert names - across_ranks == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
+    assert all(hasattr(distributed if name in across_ranks else ops, name) for name in names)
 
 
 def outcome(function, x, parameters):

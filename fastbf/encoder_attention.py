@@ -1,0 +1,103 @@
+"""The attention of an encoder layer: its first product and the kernels, of a batch on this rank alone or on several.
+
+Across ranks the product of keys and values comes first, and they travel while that of the queries runs; in backward
+their gradients travel while the output projection's is computed. Where the whole batch's keys and values are too large
+to hold, they come in chunks, in either direction (``fastbf/exchange.py``).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastbf import collectives, exchange
+from fastbf.encoder_call import Layer, Saved
+from fastbf.exchange import split_kv
+from fastbf.kernels import attention
+from fastbf.products import linear_into
+from fastbf.reference import split_qkv
+
+
+def forward(
+    normed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, layer: Layer, saved: Saved
+) -> None:  # fmt: skip
+    """Writes qkv, or q and kv, o and lse.
+
+    Args:
+        normed: [R, C], what the product reads.
+        weight: (3C, C), in its dtype, and the bias (3C,) or None.
+        seed: int64, one element; None only if nothing is dropped.
+        layer: the call.
+        saved: what to write to.
+    """
+    channels, batch = normed.shape[1], layer.batch
+    o, drops = layer.heads(saved.o), {"scale": layer.scale(channels), "threshold": layer.drop}
+    if batch is None:
+        linear_into(normed, weight, bias, saved.qkv)
+        q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
+        attention.forward(q, k, v, seed, o=o, lse=saved.lse, **drops)
+        return
+
+    parts = [channels, 2 * channels]
+    (w_q, w_kv), (b_q, b_kv) = weight.split(parts), (None, None) if bias is None else bias.split(parts)
+    chunked = layer.chunked(channels)
+    direct = chunked and not layer.position_major
+    kv = saved.kv.view(-1, 2 * channels) if direct else saved.o.new_empty(normed.shape[0], 2 * channels)
+    linear_into(normed, w_kv, b_kv, kv)
+    own = kv.view_as(saved.kv) if direct else layer.by_sample(kv)
+    if chunked:
+        if not direct:
+            saved.kv.copy_(own)
+        linear_into(normed, w_q, b_q, saved.qkv)
+        part = partial(attention.forward, seed=seed, **drops)
+        total, lse = exchange.forward(part, layer.heads(saved.qkv), saved.kv, batch)
+        o.copy_(total)
+        saved.lse.copy_(lse)
+        return
+    coming = collectives.gather(own.contiguous(), saved.kv, batch)
+    linear_into(normed, w_q, b_q, saved.qkv)
+    k, v = split_kv(coming.wait(), layer.num_heads)
+    q = layer.heads(saved.qkv)
+    attention.forward(q, k, v, seed, o=o, lse=saved.lse, first_row=batch.first, **drops)
+
+
+class Backward:
+    """The gradient of qkv [R, 3C]: begun, and ready once it has been waited for."""
+
+    def __init__(self, do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved) -> None:
+        """do: [R, C], of o; the rest as in :func:`forward`."""
+        channels = do.shape[1]
+        self.layer, self.pending = layer, None
+        self.d_qkv = torch.empty(do.shape[0], 3 * channels, dtype=do.dtype, device=do.device)
+        by_sample, batch = layer.by_sample(self.d_qkv), layer.batch
+        do, o = layer.heads(do), layer.heads(saved.o)
+        drops = {"scale": layer.scale(channels), "threshold": layer.drop}
+        dq, dk, dv = split_qkv(by_sample, layer.num_heads)
+        if batch is None:
+            q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
+            attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, **drops)
+            return
+        q, self.d_kv = layer.heads(saved.qkv), by_sample[..., channels:]
+        if layer.chunked(channels):
+            part = partial(attention.backward, seed=seed, **drops)
+            total, d_kv = exchange.backward(part, do, q, saved.kv, o, saved.lse, batch)
+            dq.copy_(total)
+            self.d_kv.copy_(d_kv)
+            return
+        d_kv = torch.empty(saved.kv.shape, dtype=torch.float32, device=do.device)
+        dk, dv = split_kv(d_kv, layer.num_heads)
+        k, v = split_kv(saved.kv, layer.num_heads)
+        attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, first_row=batch.first, **drops)
+        self.pending = collectives.scatter_sum(d_kv, batch)
+
+    def wait(self) -> Tensor:
+        """[R, 3C]."""
+        if self.pending is not None:
+            d_kv, self.pending = self.pending.wait(), None
+            if len(d_kv):
+                self.d_kv.copy_(d_kv)
+            else:  # the one row here stands in for none
+                self.d_kv.zero_()
+        return self.d_qkv
