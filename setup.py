@@ -35,6 +35,8 @@ setup(
             "scikit-learn",
             "tqdm",
         ],
+        "timm": ["timm"],
+        "ecosystem": ["accelerate", "lightning", "torchmetrics"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -91,23 +91,30 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return values.mean(), values.std(ddof=1) / len(values) ** 0.5
 
 
-def verdict(mean: float, error: float) -> str:
-    """What the paired difference allows one to say."""
+def verdict(mean: float, error: float, words: Sequence[str] = ("gain", "LOSS", "no clear gain")) -> str:
+    """What the paired difference allows one to say: of ``words`` that for more, for less, or for neither."""
     if abs(mean) <= 2 * error:
-        return "no clear gain"
-    return "gain" if mean > 0 else "LOSS"
+        return words[2]
+    return words[0] if mean > 0 else words[1]
 
 
-def table(title: str, rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+def table(
+    title: str,
+    rows: dict[str, tuple[np.ndarray, np.ndarray]],
+    arms: tuple[str, str] = ("without", "with"),
+    words: Sequence[str] = ("gain", "LOSS", "no clear gain"),
+) -> list[str]:
     """Lines that compare two arms.
 
     Args:
         title: what the first column names.
         rows: (seeds,) without BatchFormer and (seeds,) with it, in percent, larger is better, by name.
+        arms: titles of the two columns, where they are others.
+        words: for a difference that is clearly above 0, clearly below, and neither.
     """
-    lines = [f"  {title:<28}{'without':>14}{'with':>14}{'difference':>16}"]
+    lines = [f"  {title:<28}{arms[0]:>14}{arms[1]:>14}{'difference':>16}"]
     for name, (without, mixed) in rows.items():
         cells = [mean_and_error(values) for values in (without, mixed, mixed - without)]
         texts = [f"{m:.1f} ± {e:.1f}" for m, e in cells[:2]] + [f"{cells[2][0]:+.1f} ± {cells[2][1]:.1f}"]
-        lines.append(f"  {name:<28}{texts[0]:>14}{texts[1]:>14}{texts[2]:>16}   {verdict(*cells[2])}")
+        lines.append(f"  {name:<28}{texts[0]:>14}{texts[1]:>14}{texts[2]:>16}   {verdict(*cells[2], words)}")
     return lines

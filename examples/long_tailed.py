@@ -6,7 +6,7 @@ Scikit-learn's bundled digits, class sizes falling exponentially from 120 to 120
 anew for every seed; a small conv net trained by SGD. Three ways to train, each with and without BatchFormer from the
 same initial weights and batches: cross-entropy; Balanced Softmax; and, decoupled, features trained by cross-entropy and
 frozen, on which BatchFormer and the classifier are then all there is to a step. Prints accuracies with standard errors
-and paired differences, saves two pictures, and shows that the stripped model predicts the same.
+and paired differences, saves a picture, and shows that the stripped model predicts the same.
 
 To carry over: ``LongTailed`` around any feature extractor, the two groups of parameters in ``fit``, and autocast there.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from experiment import FOOTNOTE, arguments, introduce, run_all, table
-from plots import draw_accuracy, draw_relations
+from plots import draw_accuracy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -193,17 +193,6 @@ def check_strip(result: Result) -> str:
     return f"stripped: {before:,} → {after:,} parameters, the same {len(result.test[1])} test predictions"
 
 
-def relations(result: Result, per_class: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Attention in one batch of test images, as many of each class, sorted by class; and the classes.
-
-    (N, N), mean over heads, and (N,).
-    """
-    images, labels = (x.unflatten(0, (CLASSES, -1))[:, :per_class].flatten(0, 1) for x in result.test)
-    with torch.no_grad():
-        weights = result.model.batchformer.attention_map(result.model.eval().backbone(images)).mean(0)
-    return weights.cpu().numpy(), labels.cpu().numpy()
-
-
 def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     """Runs the demo; returns accuracy per class of every run."""
     options = {
@@ -227,11 +216,8 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
         }
         for loss in LOSSES
     }
-    pictures = [
-        draw_accuracy(args.out / "accuracy_per_class.png", per_class, class_counts(imbalances[0]), imbalances[0]),
-        draw_relations(args.out / "sample_relations.png", *relations(shown)),
-    ]
-    print("pictures: " + ", ".join(map(str, pictures)))
+    path = args.out / "accuracy_per_class.png"
+    print(f"pictures: {draw_accuracy(path, per_class, class_counts(imbalances[0]), imbalances[0])}")
     return results
 
 
