@@ -27,6 +27,9 @@ FOOTNOTE = (
     "difference of more than two standard errors is called a gain or a LOSS.",
 )
 
+#: For a difference that is clearly above 0, clearly below, and neither.
+WORDS = ("gain", "LOSS", "no clear gain")
+
 
 def arguments(
     doc: str, argv: Sequence[str] | None, seeds: int = 10, options: dict[str, dict[str, object]] | None = None
@@ -91,7 +94,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return values.mean(), values.std(ddof=1) / len(values) ** 0.5
 
 
-def verdict(mean: float, error: float, words: Sequence[str] = ("gain", "LOSS", "no clear gain")) -> str:
+def verdict(mean: float, error: float, words: Sequence[str] = WORDS) -> str:
     """What the paired difference allows one to say: of ``words`` that for more, for less, or for neither."""
     if abs(mean) <= 2 * error:
         return words[2]
@@ -102,7 +105,7 @@ def table(
     title: str,
     rows: dict[str, tuple[np.ndarray, np.ndarray]],
     arms: tuple[str, str] = ("without", "with"),
-    words: Sequence[str] = ("gain", "LOSS", "no clear gain"),
+    words: Sequence[str] = WORDS,
 ) -> list[str]:
     """Lines that compare two arms.
 

@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     results = run_all(partial(accuracy, settings=settings), runs, device)
     print("\n" + "\n".join(report(results, imbalances, seeds)) + "\n")
 
+    torch.set_num_threads(1)  # as in run_all: two threads of so small a net wait for each other
     shown = train(Run(imbalances[0], BALANCED, True, 0), device, settings)
     print(check_strip(shown))
     per_class = {

@@ -43,7 +43,7 @@ def _by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., G
                     f"{reason} From now on backend='auto' takes PyTorch for {op}: run the step again."
                 ) from error
 
-        twice = f"the Triton kernels of {op} cannot be differentiated twice: use backend='torch' for that"
+        twice = f"the Triton kernels of {op} cannot be differentiated twice: use backend='torch', on one rank, for that"
         return once_differentiable(twice)(run)
 
     return decorate

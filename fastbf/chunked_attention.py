@@ -19,7 +19,8 @@ from fastbf.chunks import chunk_elements, compute_dtype
 from fastbf.context import no_autocast
 from fastbf.dropout import Dropout, Site, attention_mask
 from fastbf.once import once_differentiable
-from fastbf.process_groups import Batch
+from fastbf.process_groups import BATCH, Batch, confirm
+from fastbf.registered import COMMUNICATES, operator
 
 # On CPU, scores of a head from which its products are large enough to be quickest by themselves.
 _LONE_GROUP = 1 << 16
@@ -56,7 +57,7 @@ class _Attention(Function):
         ctx.scale, ctx.p, ctx.first_row = scale, p, first_row
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         o = _batched(out)
-        for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row):
+        for tile in _AttentionTiles(q, k, v, seed, scale, p, (0, first_row, 0)):
             o[tile.group, tile.row] = gemm.bmm(tile.weights().mul_(tile.mask()), tile.v)
         return out
 
@@ -73,7 +74,7 @@ class _Attention(Function):
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
             return *(next(grads) if need else None for need in needs), None, None, None, None
 
-        tiles = _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p, ctx.first_row)
+        tiles = _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p, (0, ctx.first_row, 0))
         with no_autocast(grad):
             return *_gradients(grad, q, k, v, tiles, ctx.scale, needs), None, None, None, None
 
@@ -104,13 +105,13 @@ class _AttentionTiles:
     """Walks the score matrix of one attention call piece by piece."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, p: float, first_row: int = 0,
-        first_key: int = 0,
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, p: float, origin: tuple[int, int, int]
     ) -> None:  # fmt: skip
+        """``origin`` is where groups, rows and keys begin in the call that dropout knows."""
         self.all_q, self.all_k, self.all_v = _batched(q), _batched(k), _batched(v)
         self.scale, self.dtype = scale, compute_dtype(q.dtype)
         self.dropout = None if p == 0 else Dropout(p, seed, self.dtype)
-        self.first_row, self.first_key = first_row, first_key
+        self.origin = origin
 
     def __iter__(self) -> Iterator[_AttentionTiles]:
         groups, rows, _ = self.all_q.shape
@@ -133,10 +134,10 @@ class _AttentionTiles:
         return torch.softmax(self.scores(), dim=-1)
 
     def mask(self) -> Tensor:
-        device = self.q.device
-        group = torch.arange(self.group.start, self.group.stop, device=device)[:, None]
-        row = torch.arange(self.row.start, self.row.stop, device=device) + self.first_row
-        return self.dropout.multiplier(Site.ATTENTION, group, row, self.k.shape[1], self.first_key)
+        device, (first_group, first_row, first_key) = self.q.device, self.origin
+        group = torch.arange(self.group.start, self.group.stop, device=device)[:, None] + first_group
+        row = torch.arange(self.row.start, self.row.stop, device=device) + first_row
+        return self.dropout.multiplier(Site.ATTENTION, group, row, self.k.shape[1], first_key)
 
     def dropped(self, weights: Tensor) -> Tensor:
         """Weights, or their gradient, after dropout, in place."""
@@ -161,8 +162,7 @@ class _AcrossRanks(Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, batch: Batch) -> Tensor:
-        o, lse = exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, batch)
-        o = o.to(q.dtype)
+        o, lse = _across_ranks_forward(q, kv, seed, scale, p, *batch)
         ctx.save_for_backward(q, kv, o, lse, seed)
         ctx.scale, ctx.p, ctx.batch = scale, p, batch
         return o
@@ -170,35 +170,76 @@ class _AcrossRanks(Function):
     @staticmethod
     @once_differentiable("attention across ranks cannot be differentiated twice")
     def backward(ctx, do: Tensor):
-        q, kv, o, lse, seed = ctx.saved_tensors
-        part = partial(_backward_part, seed=seed, scale=ctx.scale, p=ctx.p)
         with no_autocast(do):
-            dq, d_kv = exchange.backward(part, do, q, kv, o, lse, ctx.batch)
-        return dq.to(q.dtype), d_kv.to(kv.dtype), None, None, None, None
+            dq, d_kv = _across_ranks_backward(do, *ctx.saved_tensors, ctx.scale, ctx.p, *ctx.batch)
+        return dq, d_kv, None, None, None, None
+
+
+def _across_ranks_results(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@operator(
+    f"(Tensor q, Tensor kv, Tensor? seed, float scale, float p, {BATCH}) -> (Tensor, Tensor)",
+    _across_ranks_results,
+    COMMUNICATES,
+)
+def _across_ranks_forward(
+    q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, *batch: object
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
+    batch = Batch(*batch)
+    confirm(batch)
+    o, lse = results = _across_ranks_results(q)
+    exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, o, lse, batch)
+    return results
+
+
+def _across_ranks_gradients(do: Tensor, q: Tensor, kv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv))
+
+
+@operator(
+    "(Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor? seed, float scale, float p,"
+    f" {BATCH}) -> (Tensor, Tensor)",
+    _across_ranks_gradients,
+    COMMUNICATES,
+)
+def _across_ranks_backward(
+    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, p: float,
+    *batch: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq and the gradient of kv."""
+    dq, d_kv = results = _across_ranks_gradients(do, q, kv)
+    part = partial(_backward_part, seed=seed, scale=scale, p=p)
+    exchange.backward(part, do, q, kv, o, lse, dq, d_kv, Batch(*batch))
+    return results
 
 
 def _forward_part(
     q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
-    first_row: int, first_key: int,
+    origin: tuple[int, int, int],
 ) -> None:  # fmt: skip
     """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys."""
-    o = _batched(o)
-    for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row, first_key):
+    total = torch.empty(_batched(q).shape, dtype=lse.dtype, device=q.device)
+    for tile in _AttentionTiles(q, k, v, seed, scale, p, origin):
         scores = tile.scores()
         of_rows = torch.logsumexp(scores, dim=-1)
         lse[tile.group, tile.row] = of_rows / math.log(2)
-        o[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
+        total[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
+    _unbatch(total, o)
 
 
 def _backward_part(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
-    p: float, dq: Tensor, dk: Tensor, dv: Tensor, first_row: int, first_key: int,
+    p: float, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int],
 ) -> None:  # fmt: skip
     """Writes the gradients of some keys' part in attention; o and lse are those of all keys."""
-    g, o = (_batched(t).to(dq.dtype) for t in (do, o))
-    gq, (gk, gv) = _batched(dq), (torch.zeros(_batched(t).shape, dtype=t.dtype, device=t.device) for t in (dk, dv))
+    g, o = (_batched(t).to(lse.dtype) for t in (do, o))
+    gq, gk, gv = (torch.zeros(_batched(t).shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     delta = (g * o).sum(-1, keepdim=True)
-    for tile in _AttentionTiles(q, k, v, seed, scale, p, first_row, first_key):
+    for tile in _AttentionTiles(q, k, v, seed, scale, p, origin):
         at = tile.group, tile.row
         weights = (tile.scores() - lse[at][..., None] * math.log(2)).exp_()
         d_weights = tile.dropped(gemm.bmm(g[at], tile.v.mT))
@@ -206,14 +247,19 @@ def _backward_part(
         gq[at] = gemm.bmm(d_scores, tile.k).mul_(scale)
         gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
         gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
-    for out, total in ((dk, gk), (dv, gv)):
-        out.copy_(total.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
+    for total, out in ((gq, dq), (gk, dk), (gv, dv)):
+        _unbatch(total, out)
+
+
+def _unbatch(x: Tensor, out: Tensor) -> None:
+    """(G, N, D) → out (N, …, H, D), of any strides."""
+    out.copy_(x.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
 
 
 def attention_across_ranks(
     q: Tensor, kv: Tensor, *, scale: float, p: float, seed: Tensor | None, batch: Batch
 ) -> Tensor:  # fmt: skip
-    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in chunks; kv (N, L, 2C) is its own.
+    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in parts; kv (N, L, 2C) is its own.
 
     Returns q's shape.
     """

@@ -1,4 +1,4 @@
-"""Samples on their way between ranks: gathered, gathered in chunks, and gradients on the way back.
+"""Samples on their way between ranks: gathered, gathered in parts, and gradients on the way back.
 
 Tensors here hold samples along their first dimension and are contiguous; n of them are a rank's own, M all ranks'. A
 rank without samples has tensors of one row that stands in for none, and sends nothing.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastbf.process_groups import Batch, all_gather, peers, reduce_scatter
 
-#: Keys and values of the whole batch up to this size are gathered at once, larger ones in chunks.
+#: Keys and values of the whole batch up to this size are gathered at once, larger ones come in parts.
 GATHER_BYTES = 256 << 20
 #: Chunks begin at multiples of this many samples, which dropout's decisions go by (``kernels/rng.py``).
 ALIGNMENT = 128
@@ -77,6 +77,38 @@ def _reduce(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
     return dist.reduce(x, group=group, group_dst=rank, async_op=True)
 
 
+def by_positions(batch: Batch) -> bool:
+    """Whether all samples come at some positions at a time, not some samples: where no rank has a chunk of them."""
+    return max(batch.sizes) < ALIGNMENT
+
+
+def blocks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """All ranks' samples x (n, L, W) at some positions at a time: the first position, and (M, l, W).
+
+    A block is about as large as x, l = L / W for W ranks. The next one is under way while one is used.
+    """
+    parts = x.split(-(-x.shape[1] // len(batch.sizes)), dim=1)
+    starts = range(0, x.shape[1], parts[0].shape[1])
+
+    def begun(part: Tensor) -> Pending:
+        out = torch.empty((batch.total, *part.shape[1:]), dtype=x.dtype, device=x.device)
+        return gather(part.contiguous(), out, batch)
+
+    yield from _ahead((start, begun(part)) for start, part in zip(starts, parts, strict=True))
+
+
+def _ahead(coming: Iterator[tuple[int, Pending]]) -> Iterator[tuple[int, Tensor]]:
+    """Each is there when it is given out, and the next is on its way; there are never more than two."""
+    ready = next(coming, None)
+    while ready is not None:
+        start, pending = ready
+        ready = next(coming, None)
+        tensor = pending.wait()
+        del pending
+        yield start, tensor
+        del tensor
+
+
 def chunk_rows(batch: Batch) -> int:
     """Samples in a chunk: as many as the largest rank has, and a multiple of 128."""
     return -(-max(batch.sizes) // ALIGNMENT) * ALIGNMENT
@@ -85,16 +117,10 @@ def chunk_rows(batch: Batch) -> int:
 def chunks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
     """All ranks' samples x (n, …) a chunk at a time: where it begins in the whole batch, and (m, …).
 
-    The next one is under way while one is used; there are never more than two.
+    The next one is under way while one is used.
     """
-    ahead = None
-    for start in range(0, batch.total, chunk_rows(batch)):
-        following = start, _chunk(x, start, batch)
-        if ahead is not None:
-            yield ahead[0], ahead[1].wait()
-        ahead = following
-    if ahead is not None:
-        yield ahead[0], ahead[1].wait()
+    starts = range(0, batch.total, chunk_rows(batch))
+    yield from _ahead((start, _chunk(x, start, batch)) for start in starts)
 
 
 def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:

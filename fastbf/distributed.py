@@ -14,24 +14,36 @@ does, gives those of one process. For batches of different sizes the mean over a
 Sizes. Ranks may have different numbers of samples, and none at all (a batch of zero rows, whose forward and backward
 run all the same: others wait for it). Before anything is sent the ranks tell each other, host to host, what they are
 about to do; where that differs, every rank raises the same ValueError. A rank that does not come at all is waited for
-until the group's timeout. Under ``torch.compile`` every rank must have as many samples as the others.
+until the timeout of the group that carries the message: the process group itself if it carries CPU tensors, else a
+gloo group, with gloo's own timeout, which is made at the first meeting and for ``dist.group.WORLD`` only.
 
-Memory. Keys and values of the whole batch up to 256 MiB (N · L · 2C numbers; N = 32,768 at C = 2048 in 16 bits) are
-gathered at once and kept for backward, with as many fp32 numbers for their gradient there: O(N · C), never N × N.
-Larger ones come in chunks of as many samples as the largest rank has, rounded up to 128, one in use and one on its way,
-and once more in backward: O(N · C / W).
+Memory. Keys and values of the whole batch up to 256 MiB (N · L · 2C numbers, L positions; N = 32,768 at L = 1 and
+C = 2048 in 16 bits) are gathered at once and kept for backward, with as many fp32 numbers for their gradient there:
+O(N · L · C), never N × N. Larger ones come in parts, one in use and one on its way, and once more in backward: chunks
+of as many samples as the largest rank has, rounded up to 128, or, where no rank has 128, all samples at L / W of the
+positions. That is O(N · L · C / W).
 
-Traffic. With W ranks, N samples in all, C channels and b bytes a number, a rank receives in one layer::
+Under ``torch.compile`` every rank must have as many samples as the others; that the torch backend writes out the scores
+of a call it gathers for (N / W × N of them, for the compiler to fuse), is as it is on one rank. Ranks must compile
+alike: parts of one graph that communicate independently of each other (a layer and a ``gather`` of something else)
+belong in graphs of their own, or a compiler may order them differently.
 
-    forward     (W - 1)/W · N · 2C · b      keys and values, gathered
+Traffic. With W ranks, N samples in all, C channels and b bytes a number, at L = 1 (else L times as much), a rank
+receives in one layer::
+
+    forward     (W - 1)/W · N · 2C · b      keys and values
     backward    (W - 1)/W · N · 2C · 4      their gradients in fp32, summed by a reduce-scatter
-                (W - 1)/W · N · 2C · b      more if they come in chunks: keys and values again
+                (W - 1)/W · N · 2C · b      more if keys and values come in parts: again
 
-Computing takes a rank 36 N C²/W + 14 N² C/W FLOPs, the layer forward and backward with F = C (DESIGN section 7). For 16
-bits, 12 NC bytes against that: at R FLOP/s and B bytes/s communication takes longer than computing while
-36 C + 14 N < 12 (W - 1) R/B. At 400 TFLOP/s (half of an H100's measured ceiling) and W = 8, C = 2048, that is up to
-N = 1400 over NVLink (taken as 360 GB/s a direction), where the gather is hidden behind the query's projection in part
-only, and up to N = 43,000 over a 400 Gbit/s network (50 GB/s). Computed, not measured.
+Computing takes a rank 36 N C²/W + 14 N² C/W FLOPs (L times), the layer forward and backward with F = C (DESIGN section
+7). So at R FLOP/s and B bytes/s, in 16 bits, communication takes longer than computing while
+
+    36 C + 14 N < 12 (W - 1) R/B      gathered at once; 16 for 12 in parts
+
+that is for batches up to a certain size. For R = 400 TFLOP/s (half of an H100's measured ceiling), W = 8 and C = 2048
+that is N = 1400 over NVLink (taken as 360 GB/s a direction), and N = 59,000 over a 400 Gbit/s network (50 GB/s; in
+parts, as that many are 460 MiB). The forward's gather takes 2 (W - 1) R / (C B) times as long as the query's projection
+beside it, whatever N: 7.6 and 55 times here, so it is hidden in part only. Computed, not measured.
 
 Not here: classes split over ranks, CUDA graphs (whose replays would not meet), second derivatives, ``torch.func``.
 
@@ -40,7 +52,6 @@ Source: DESIGN section 3, ``process_group``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,8 +64,8 @@ from fastbf.chunks import compute_dtype
 from fastbf.collectives import Pending
 from fastbf.context import differentiated
 from fastbf.once import once_differentiable
-from fastbf.process_groups import CALLS, Batch, Facts, confirm, dtype_fact, meet, name_of, rank_and_size
-from fastbf.registered import operator
+from fastbf.process_groups import BATCH, Batch, Facts, confirm, meet, name_of, rank_and_size
+from fastbf.registered import COMMUNICATES, operator
 
 __all__ = ["gather"]
 
@@ -89,10 +100,8 @@ def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
     name = name_of(process_group)
     if name is None or rank_and_size(name)[1] == 1:
         return x, 0
-    positions, channels = math.prod(x.shape[1:-1]), x.shape[-1] if x.dim() > 1 else 1
-    dtype, backward = dtype_fact(x.dtype), int(differentiated(x))
-    batch = meet(name, x.shape[0], Facts(CALLS.index("gather"), positions, channels, 0, dtype, 0, backward, 0))
-    return gather_batch(x, batch) if batch.total else x, batch.first
+    batch = meet(name, x.shape[0], Facts("gather", x.dtype, differentiated(x), "torch", 0, 0, x.shape[1:]))
+    return gather_batch(x, batch) if batch.total else confirmed(x, batch), batch.first
 
 
 def gather_batch(x: Tensor, batch: Batch, coming: Pending | None = None) -> Tensor:
@@ -104,6 +113,11 @@ def gather_batch(x: Tensor, batch: Batch, coming: Pending | None = None) -> Tens
         coming: the same, begun by :func:`begin`.
     """
     return _Gathered.apply(x.contiguous(), batch, coming)
+
+
+def confirmed(x: Tensor, batch: Batch) -> Tensor:
+    """x, of a batch without samples, once the ranks have met about it."""
+    return x if batch.met else _confirmed(x, *batch)
 
 
 def begin(x: Tensor, batch: Batch) -> Pending | None:
@@ -132,21 +146,25 @@ def _empty_for_all(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.empty((sum(sizes), *x.shape[1:]), dtype=x.dtype, device=x.device)
 
 
-BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met"  # a Batch, in an operator's schema
-
-
-@operator(f"(Tensor x, {BATCH}) -> Tensor", lambda x, *batch: _empty_for_all(x, Batch(*batch).sizes))
+@operator(f"(Tensor x, {BATCH}) -> Tensor", lambda x, *batch: _empty_for_all(x, Batch(*batch).sizes), COMMUNICATES)
 def _gather(x: Tensor, *batch: object) -> Tensor:
     batch = Batch(*batch)
     confirm(batch)
     return collectives.gather(x, _empty_for_all(x, batch.sizes), batch).wait()
 
 
+@operator(f"(Tensor x, {BATCH}) -> Tensor", lambda x, *_: torch.empty_like(x), COMMUNICATES)
+def _confirmed(x: Tensor, *batch: object) -> Tensor:
+    """A copy: an operator without a result would be taken out of the graph."""
+    confirm(Batch(*batch))
+    return x.clone()
+
+
 def _own_part(x: Tensor, *batch: object) -> Tensor:
     return torch.empty((Batch(*batch).own, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
 
-@operator(f"(Tensor x, {BATCH}) -> Tensor", _own_part)
+@operator(f"(Tensor x, {BATCH}) -> Tensor", _own_part, COMMUNICATES)
 def _scatter_sum(x: Tensor, *batch: object) -> Tensor:
     """This rank's part of the sum over ranks, which is taken in fp32 at least; x is left as it is."""
     total = x.to(compute_dtype(x.dtype), copy=True)

@@ -2,7 +2,7 @@
 
 Across ranks the product of keys and values comes first, and they travel while that of the queries runs; in backward
 their gradients travel while the output projection's is computed. Where the whole batch's keys and values are too large
-to hold, they come in chunks, in either direction (``fastbf/exchange.py``).
+to hold, they come in parts, in either direction (``fastbf/exchange.py``).
 """
 
 from __future__ import annotations
@@ -42,25 +42,23 @@ def forward(
 
     parts = [channels, 2 * channels]
     (w_q, w_kv), (b_q, b_kv) = weight.split(parts), (None, None) if bias is None else bias.split(parts)
-    chunked = layer.chunked(channels)
-    direct = chunked and not layer.position_major
+    in_parts = layer.in_parts(channels)
+    direct = in_parts and not layer.position_major
     kv = saved.kv.view(-1, 2 * channels) if direct else saved.o.new_empty(normed.shape[0], 2 * channels)
     linear_into(normed, w_kv, b_kv, kv)
     own = kv.view_as(saved.kv) if direct else layer.by_sample(kv)
-    if chunked:
+    if in_parts:
         if not direct:
             saved.kv.copy_(own)
         linear_into(normed, w_q, b_q, saved.qkv)
         part = partial(attention.forward, seed=seed, **drops)
-        total, lse = exchange.forward(part, layer.heads(saved.qkv), saved.kv, batch)
-        o.copy_(total)
-        saved.lse.copy_(lse)
+        exchange.forward(part, layer.heads(saved.qkv), saved.kv, o, saved.lse, batch)
         return
     coming = collectives.gather(own.contiguous(), saved.kv, batch)
     linear_into(normed, w_q, b_q, saved.qkv)
     k, v = split_kv(coming.wait(), layer.num_heads)
     q = layer.heads(saved.qkv)
-    attention.forward(q, k, v, seed, o=o, lse=saved.lse, first_row=batch.first, **drops)
+    attention.forward(q, k, v, seed, o=o, lse=saved.lse, origin=(0, batch.first, 0), **drops)
 
 
 class Backward:
@@ -80,24 +78,18 @@ class Backward:
             attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, **drops)
             return
         q, self.d_kv = layer.heads(saved.qkv), by_sample[..., channels:]
-        if layer.chunked(channels):
+        if layer.in_parts(channels):
             part = partial(attention.backward, seed=seed, **drops)
-            total, d_kv = exchange.backward(part, do, q, saved.kv, o, saved.lse, batch)
-            dq.copy_(total)
-            self.d_kv.copy_(d_kv)
+            exchange.backward(part, do, q, saved.kv, o, saved.lse, dq, self.d_kv, batch)
             return
         d_kv = torch.empty(saved.kv.shape, dtype=torch.float32, device=do.device)
         dk, dv = split_kv(d_kv, layer.num_heads)
         k, v = split_kv(saved.kv, layer.num_heads)
-        attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, first_row=batch.first, **drops)
+        attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, origin=(0, batch.first, 0), **drops)
         self.pending = collectives.scatter_sum(d_kv, batch)
 
     def wait(self) -> Tensor:
         """[R, 3C]."""
         if self.pending is not None:
-            d_kv, self.pending = self.pending.wait(), None
-            if len(d_kv):
-                self.d_kv.copy_(d_kv)
-            else:  # the one row here stands in for none
-                self.d_kv.zero_()
+            exchange.take_own(self.pending.wait(), self.d_kv)
         return self.d_qkv

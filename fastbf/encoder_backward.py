@@ -192,11 +192,12 @@ def _backward(
     del dh, dz, u, ds2  # attention's backward needs the room
 
     # attention; across ranks, gradients of keys and values travel while the output projection's is computed
+    attention = None
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
         attention = encoder_attention.Backward(torch.mm(d_branch, f.out_proj), seed, layer, saved)
     if wanted.out_proj_weight:
         grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
-    if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
+    if attention is not None:
         d_qkv = attention.wait()
     if wanted.in_proj_weight:
         normed = x if saved.normed is None else saved.normed

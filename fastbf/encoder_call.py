@@ -61,8 +61,8 @@ class Layer(NamedTuple):
         """How many samples a sample attends to."""
         return sum(self.sizes) if self.group else self.samples
 
-    def chunked(self, channels: int) -> bool:
-        """Whether keys and values of other ranks come in chunks."""
+    def in_parts(self, channels: int) -> bool:
+        """Whether keys and values of other ranks come in parts."""
         if not self.group:
             return False
         return not collectives.gathers(self.batch, 2 * channels * self.positions * self.compute.itemsize)
@@ -107,7 +107,7 @@ class Saved(NamedTuple):
 
     normed: Tensor | None  #: C · T: what the first product reads, unless that is x itself
     qkv: Tensor  #: 3C · T; across ranks q alone, C · T
-    kv: Tensor | None  #: across ranks: (M, L, 2C) of all their samples, or, in chunks, (N, L, 2C), in the dtype T
+    kv: Tensor | None  #: across ranks: (M, L, 2C) of all samples or, if they come in parts, (N, L, 2C), in the dtype T
     o: Tensor  #: C · T
     lse: Tensor | None  #: fp32 (L · H, N), unless attention was packed
     s1: Tensor  #: C · max(X, T): the first residual sum
@@ -119,13 +119,12 @@ class Saved(NamedTuple):
 
 def kept(dtype: torch.dtype, weights: LayerWeights, layer: Layer) -> Saved:
     """Which of :class:`Saved` a call with an x of ``dtype`` leaves, as booleans."""
-    channels = weights.out_proj_weight.shape[0]
     return Saved(
         normed=layer.norm_first or dtype != layer.compute,
         qkv=True,
         kv=bool(layer.group),
         o=True,
-        lse=layer.chunked(channels) or attention.streams(layer.samples, layer.keys),
+        lse=attention.streams(layer.samples, layer.keys),
         s1=True,
         z=True,
         hidden=True,
@@ -145,7 +144,7 @@ def allocate(x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Laye
         return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
 
     groups = layer.positions * layer.num_heads
-    held = layer.samples if layer.chunked(channels) else layer.keys
+    held = layer.samples if layer.in_parts(channels) else layer.keys
     saved = Saved(
         normed=empty(rows, channels, wanted=needed.normed),
         qkv=empty(rows, channels if needed.kv else 3 * channels),

@@ -1,8 +1,9 @@
-"""Attention to keys and values that come from other ranks a chunk at a time, so that none holds all of them.
+"""Attention to keys and values that come from other ranks in parts, so that none holds all of them.
 
-Results for a chunk of keys are merged by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867; across devices:
-Ring Attention, Liu et al., arXiv 2310.01889). Backward lets the chunks come again. A rank's queries, own keys and two
-chunks are all there is in memory.
+Either chunks of samples come, and results are merged by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867;
+across devices: Ring Attention, Liu et al., arXiv 2310.01889), or, where ranks have few samples at many positions, all
+samples at some of the positions, which are problems of their own. Backward lets them come again. A rank's queries, own
+keys and two such parts are all there is in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbf.chunks import compute_dtype
-from fastbf.collectives import Returned, chunks
+from fastbf.collectives import Pending, Returned, blocks, by_positions, chunks, scatter_sum
 from fastbf.process_groups import Batch
 
 
@@ -22,27 +23,41 @@ def split_kv(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     return kv.unflatten(-1, (2, num_heads, -1)).unbind(-3)
 
 
-def forward(part: Callable[..., None], q: Tensor, kv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """o and the log-sum-exp, to the base 2, of attention to all ranks' keys.
+def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, batch: Batch) -> None:
+    """Writes o and the log-sum-exp, to the base 2, of attention to all ranks' keys.
 
     Args:
-        part: ``part(q, k, v, o=, lse=, first_row=, first_key=)`` writes those of some keys, o in fp32.
+        part: ``part(q, k, v, o=, lse=, origin=)`` writes those of some positions, or of some keys.
         q: (N, L, H, D).
         kv: (N, L, 2C), contiguous: this rank's.
+        o: (N, L, H, D).
+        lse: (L · H, N), fp32, or fp64 where q is; None where ``part`` needs none, of 32 keys at most.
         batch: where this rank's samples stand.
-
-    Returns:
-        o (N, L, H, D) and lse (L · H, N), fp32, or fp64 where q is.
     """
-    n, positions, heads, _ = q.shape
+    heads = q.shape[-2]
+    if by_positions(batch):
+        for start, block in blocks(kv, batch):
+            at, of_groups = _slices(start, block, heads)
+            part(
+                q[:, at], *split_kv(block, heads), o=o[:, at], lse=None if lse is None else lse[of_groups],
+                origin=(of_groups.start, batch.first, 0),
+            )  # fmt: skip
+            del block  # the next but one is on its way when this is asked for again
+        return
     total = None
     for first, chunk in chunks(kv, batch):
-        o = torch.empty(q.shape, dtype=compute_dtype(q.dtype), device=q.device)
-        lse = torch.empty(positions * heads, n, dtype=o.dtype, device=q.device)
-        part(q, *split_kv(chunk, heads), o=o, lse=lse, first_row=batch.first, first_key=first)
-        del chunk  # the next but one is on its way when this is asked for again
-        total = (o, lse) if total is None else _merged(*total, o, lse)
-    return total
+        some = torch.empty(q.shape, dtype=lse.dtype, device=q.device), torch.empty_like(lse)
+        part(q, *split_kv(chunk, heads), o=some[0], lse=some[1], origin=(0, batch.first, first))
+        del chunk
+        total = some if total is None else _merged(*total, *some)
+    o.copy_(total[0])
+    lse.copy_(total[1])
+
+
+def _slices(start: int, block: Tensor, heads: int) -> tuple[slice, slice]:
+    """The positions of a block (M, l, 2C), and their groups."""
+    stop = start + block.shape[1]
+    return slice(start, stop), slice(start * heads, stop * heads)
 
 
 def _merged(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,30 +70,54 @@ def _merged(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple
 
 
 def backward(
-    part: Callable[..., None], do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q and of this rank's kv.
+    part: Callable[..., None], do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, dq: Tensor,
+    d_kv: Tensor, batch: Batch,
+) -> None:  # fmt: skip
+    """Writes the gradients of q and of this rank's kv; sums over ranks and chunks are taken in fp32, or fp64.
 
     Args:
-        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, first_row=, first_key=)`` writes those of some keys, in fp32.
+        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, origin=)`` writes those of some positions, or of some keys.
         do: (N, L, H, D).
-        q, kv, batch: as in :func:`forward`; o and lse as it returned them, o in q's dtype.
-
-    Returns:
-        (N, L, H, D) and (N, L, 2C), fp32, or fp64 where q is.
+        q, kv, o, lse, batch: as in :func:`forward`.
+        dq: (N, L, H, D).
+        d_kv: (N, L, 2C).
     """
-    dtype = compute_dtype(q.dtype)
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    d_kv = torch.zeros(kv.shape, dtype=dtype, device=q.device)
+    heads, dtype = q.shape[-2], compute_dtype(q.dtype)
+    if by_positions(batch):
+        pending: tuple[Tensor, Pending] | None = None
+        for start, block in blocks(kv, batch):
+            d_block = torch.empty(block.shape, dtype=dtype, device=q.device)
+            at, of_groups = _slices(start, block, heads)
+            (k, v), (dk, dv) = split_kv(block, heads), split_kv(d_block, heads)
+            part(
+                do[:, at], q[:, at], k, v, o[:, at], None if lse is None else lse[of_groups],
+                dq=dq[:, at], dk=dk, dv=dv, origin=(of_groups.start, batch.first, 0),
+            )  # fmt: skip
+            del block, k, v
+            if pending is not None:
+                take_own(pending[1].wait(), pending[0])
+            pending = d_kv[:, at], scatter_sum(d_block, batch)
+        take_own(pending[1].wait(), pending[0])
+        return
+    total = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    if batch.own == 0:
+        d_kv.zero_()
     returned = Returned(d_kv, batch)
     for first, chunk in chunks(kv, batch):
         dq_part = torch.empty(q.shape, dtype=dtype, device=q.device)
         d_chunk = torch.empty(chunk.shape, dtype=dtype, device=q.device)
-        dk, dv = split_kv(d_chunk, q.shape[-2])
-        k, v = split_kv(chunk, q.shape[-2])
-        part(do, q, k, v, o, lse, dq=dq_part, dk=dk, dv=dv, first_row=batch.first, first_key=first)
+        (k, v), (dk, dv) = split_kv(chunk, heads), split_kv(d_chunk, heads)
+        part(do, q, k, v, o, lse, dq=dq_part, dk=dk, dv=dv, origin=(0, batch.first, first))
         del chunk, k, v
-        dq += dq_part
+        total += dq_part
         returned.send(d_chunk, first)
+    dq.copy_(total)
     returned.wait()
-    return dq, d_kv
+
+
+def take_own(received: Tensor, out: Tensor) -> None:
+    """Copies what came back to this rank; nothing did to a rank whose one row stands in for none."""
+    if len(received):
+        out.copy_(received)
+    else:
+        out.zero_()

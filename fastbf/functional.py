@@ -11,18 +11,17 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbf import checks, reference, torch_backend
+from fastbf import checks, distributed, reference, torch_backend
 from fastbf.backend import Choice, choose, give_up
 from fastbf.context import autocast, autocast_dtype, differentiated, transformed
 from fastbf.dropout import draw_seed, threshold
-from fastbf.process_groups import BACKENDS, CALLS, Batch, Facts, dtype_fact, meet, name_of, rank_and_size
+from fastbf.process_groups import Batch, Facts, meet, name_of, rank_and_size
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -286,6 +285,8 @@ def encoder_layer(
     if alone:
         return _run("encoder_layer", choice, backend, x, weights, **options)
     batch = _meet(group, x, weights, absent, choice, **options)
+    if not (batch.total and x.numel()):
+        x, batch = distributed.confirmed(x, batch), None  # nothing to send
     # No second try on PyTorch where a kernel cannot be built: the other ranks would not take part.
     out = _run("encoder_layer", choice, choice.backend, x, weights, batch=batch, **options)
     return out[:0] if absent else out
@@ -301,19 +302,16 @@ def _with_stand_in(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tenso
 def _meet(
     group: str, x: Tensor, weights: reference.LayerWeights, absent: bool, choice: Choice, *, num_heads: int, p: float,
     norm_first: bool, forked: bool, **_: object,
-) -> Batch | None:  # fmt: skip
-    """The batch that this rank's samples are a part of; None if they all come to nothing."""
+) -> Batch:  # fmt: skip
+    """The batch that this rank's samples are a part of."""
     if transformed():
         raise ValueError("a process_group is not for transforms of torch.func")
     dtype = autocast_dtype(x) or x.dtype
     roots = [x, weights.in_proj_weight, weights.in_proj_bias]
     roots += [weights.norm1_weight, weights.norm1_bias] if norm_first else []
-    facts = Facts(
-        CALLS.index("encoder_layer"), math.prod(x.shape[1:-1]), x.shape[-1], num_heads, dtype_fact(dtype),
-        threshold(p), int(differentiated(*roots)), BACKENDS.index(choice.backend),
-    )  # fmt: skip
-    batch = meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
-    return batch if batch.total and x.numel() else None
+    backward = differentiated(*roots)
+    facts = Facts("encoder_layer", dtype, backward, choice.backend, num_heads, threshold(p), x.shape[1:])
+    return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
 
 
 # What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.

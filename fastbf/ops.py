@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastbf import classifier, encoder, encoder_backward
 from fastbf.classifier import Head, Results
-from fastbf.distributed import BATCH
 from fastbf.dropout import Site
 from fastbf.encoder_backward import Gradients, Wanted
 from fastbf.encoder_call import Layer, Saved, allocate, kept
@@ -22,9 +21,9 @@ from fastbf.encoder_weights import Factors
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Rows, partial_sums
-from fastbf.process_groups import confirm
+from fastbf.process_groups import BATCH, confirm
 from fastbf.reference import LayerWeights
-from fastbf.registered import operator
+from fastbf.registered import COMMUNICATES, operator
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -81,22 +80,31 @@ def _encoder_results(x: Tensor, plain: Tensor | None, weights: Sequence[Tensor |
     return [out, *(t for t in saved if t is not None)]
 
 
-@operator(f"(Tensor x, Tensor? plain, Tensor?[] weights, Tensor? seed, {_LAYER}) -> Tensor[]", _encoder_results)
+_FORWARD = f"(Tensor x, Tensor? plain, Tensor?[] weights, Tensor? seed, {_LAYER}) -> Tensor[]"
+
+
+@operator(_FORWARD, _encoder_results)
 def _encoder_forward(
     x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer: object
 ) -> list[Tensor]:
-    layer = Layer(*layer)
-    if layer.group:
-        confirm(layer.batch)
-    out, saved = encoder.forward(x, plain, LayerWeights(*weights), seed, layer)
+    out, saved = encoder.forward(x, plain, LayerWeights(*weights), seed, Layer(*layer))
     return [out, *(t for t in saved if t is not None)]
+
+
+@operator(_FORWARD, _encoder_results, COMMUNICATES)
+def _encoder_across_ranks_forward(
+    x: Tensor, plain: Tensor | None, weights: Sequence[Tensor | None], seed: Tensor | None, *layer: object
+) -> list[Tensor]:
+    confirm(Layer(*layer).batch)
+    return _encoder_forward(x, plain, weights, seed, *layer)
 
 
 def encoder_forward(
     x: Tensor, plain: Tensor | None, weights: LayerWeights, seed: Tensor | None, layer: Layer
 ) -> tuple[Tensor, Saved]:
     """``fastbf.encoder.forward``."""
-    out, *rest = _encoder_forward(x, plain, list(weights), seed, *layer)
+    run = _encoder_across_ranks_forward if layer.group else _encoder_forward
+    out, *rest = run(x, plain, list(weights), seed, *layer)
     tensors = iter(rest)
     return out, Saved(*(next(tensors) if is_kept else None for is_kept in kept(x.dtype, weights, layer)))
 
@@ -122,11 +130,13 @@ def _encoder_gradients(
     return grads
 
 
-@operator(
+_BACKWARD = (
     "(Tensor d_out, Tensor x, Tensor?[] saved, Tensor[] factors, Tensor? seed, bool[] wanted, ScalarType dtype,"
-    f" {_LAYER}) -> Tensor[]",
-    _encoder_gradients,
+    f" {_LAYER}) -> Tensor[]"
 )
+
+
+@operator(_BACKWARD, _encoder_gradients)
 def _encoder_backward(
     d_out: Tensor, x: Tensor, saved: Sequence[Tensor | None], factors: Sequence[Tensor], seed: Tensor | None,
     wanted: Sequence[bool], dtype: torch.dtype, *layer: object,
@@ -137,12 +147,18 @@ def _encoder_backward(
     return [grad for grad in grads if grad is not None]
 
 
+@operator(_BACKWARD, _encoder_gradients, COMMUNICATES)
+def _encoder_across_ranks_backward(*args: object) -> list[Tensor]:
+    return _encoder_backward(*args)
+
+
 def encoder_gradients(
     d_out: Tensor, x: Tensor, saved: Saved, factors: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
     dtype: torch.dtype,
 ) -> Gradients:  # fmt: skip
     """``fastbf.encoder_backward.backward``."""
-    grads = iter(_encoder_backward(d_out, x, list(saved), list(factors), seed, list(wanted), dtype, *layer))
+    run = _encoder_across_ranks_backward if layer.group else _encoder_backward
+    grads = iter(run(d_out, x, list(saved), list(factors), seed, list(wanted), dtype, *layer))
     present = (*wanted[:4], wanted.linear1_weight, wanted.linear2_weight, wanted.sums)
     return Gradients(*(next(grads) if is_present else None for is_present in present))
 

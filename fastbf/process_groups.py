@@ -1,9 +1,10 @@
 """Which ranks share a batch, and how they agree on it before any of them sends a sample.
 
-A process group is known by its name, a string: modules that hold one can be copied and pickled, and an operator can
-take it. Every call of an op across ranks begins with a *meeting*: each rank tells the others how many samples it has
-and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of different sizes
-are known as such, and calls that do not fit each other end in the same error on every rank, before tensors are sent.
+A process group is known by its ``group_name``, a string: modules that hold one can be copied and pickled, and an
+operator can take it. Every call of an op across ranks begins with a *meeting*: each rank tells the others how many
+samples it has and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of
+different sizes are known as such, and calls that do not fit each other end in the same error on every rank, before
+tensors are sent.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ class Peers(NamedTuple):
     """The ranks of a process group, as one of them sees it."""
 
     group: dist.ProcessGroup  #: carries tensors
-    hosts: dist.ProcessGroup  #: the same ranks, by gloo: carries what hosts tell each other
-    rank: int
+    hosts: dist.ProcessGroup  #: the same ranks: carries what hosts tell each other
     size: int
 
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     group: str
     rank: int
     sizes: Sequence[int]  #: samples of every rank
-    facts: Sequence[int]  #: what the ranks agree on besides: :class:`Facts`
+    facts: Sequence[int]  #: what the ranks agree on besides: numbers of :class:`Facts`
     met: bool  #: whether the ranks have agreed on that; under a compiler they do when the operator runs
 
     @property
@@ -52,85 +52,117 @@ class Batch(NamedTuple):
         return sum(self.sizes)
 
 
+#: A :class:`Batch` in the schema of an operator.
+BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met"
+
+_KINDS = {
+    "call": ("gather", "encoder_layer"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "backward": (False, True),
+    "backend": ("torch", "triton"),
+}
+_MAX_DIMENSIONS = 8
+
+
 class Facts(NamedTuple):
-    """What the ranks of a call must have in common, as numbers. Shapes are those of a sample."""
+    """What the ranks of a call must have in common."""
 
-    call: int  #: one of CALLS, by index
-    positions: int
-    channels: int
+    call: str
+    dtype: torch.dtype  #: of what is sent
+    backward: bool  #: whether a backward will send gradients
+    backend: str  #: ranks must come to their collectives in the same order, also to those of others between them
     num_heads: int
-    dtype: int  #: of what is sent: one of DTYPES, by index
     dropout: int  #: ``fastbf.dropout.threshold``
-    backward: int  #: whether a backward will send gradients
-    backend: int  #: "torch" or "triton", by index: they must come to their collectives in the same order
+    shape: Sequence[int]  #: of a sample
 
+    def numbers(self) -> list[int]:
+        """As integers.
 
-CALLS = ("gather", "encoder_layer")
-BACKENDS = ("torch", "triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NAMES = {"call": CALLS, "dtype": DTYPES, "backward": (False, True), "backend": BACKENDS}
+        Raises:
+            TypeError: a dtype that is none of fp16, bf16, fp32 and fp64.
+            ValueError: more than eight dimensions.
+        """
+        for name, kinds in _KINDS.items():
+            if getattr(self, name) not in kinds:
+                raise TypeError(f"across ranks {name} must be one of {', '.join(map(str, kinds))}, got {self[1]}")
+        dimensions = len(self.shape)
+        if dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"across ranks a sample must have {_MAX_DIMENSIONS} dimensions at most, got {dimensions}")
+        kinds = [kinds.index(getattr(self, name)) for name, kinds in _KINDS.items()]
+        return [*kinds, self.num_heads, self.dropout, dimensions, *self.shape, *[0] * (_MAX_DIMENSIONS - dimensions)]
 
-
-def dtype_fact(dtype: torch.dtype) -> int:
-    """The number of a dtype in :class:`Facts`."""
-    if dtype not in DTYPES:
-        raise TypeError(f"ranks exchange {', '.join(map(str, DTYPES))}, got {dtype}")
-    return DTYPES.index(dtype)
-
-
-_groups: dict[str, dist.ProcessGroup] = {}
-_peers: dict[str, Peers] = {}
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Facts:
+        """From :meth:`numbers`."""
+        kinds = [kinds[number] for kinds, number in zip(_KINDS.values(), numbers, strict=False)]
+        num_heads, dropout, dimensions, *shape = numbers[len(kinds) :]
+        return cls(*kinds, num_heads, dropout, tuple(shape[:dimensions]))
 
 
 def name_of(process_group: dist.ProcessGroup | str | None) -> str | None:
-    """The name by which a process group is known from now on; a name and None are given back.
+    """The name of a process group; a name and None are given back.
 
     Raises:
         TypeError: something else than a process group.
-        ValueError: a group that this process is not a member of, or a name that no group was seen by.
+        ValueError: a group that this process is not a member of.
     """
-    if process_group is None:
-        return None
-    if isinstance(process_group, str):
-        if process_group not in _groups:
-            raise ValueError(
-                f"process_group {process_group!r} is not known in this process: give the layer its group here, "
-                "layer.process_group = group"
-            )
+    if process_group is None or isinstance(process_group, str):
         return process_group
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group must be a group of which this process is a member")
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {type(process_group).__name__}")
-    name = process_group.group_name
-    if _groups.get(name) is not process_group:  # names are given anew after destroy_process_group
-        _groups[name] = process_group
-        _peers.pop(name, None)
-    return name
+    return process_group.group_name
 
 
 def group_of(name: str | None) -> dist.ProcessGroup | None:
-    """The group that :func:`name_of` named."""
-    return None if name is None else _groups[name_of(name)]
+    """The group of a name.
+
+    Raises:
+        ValueError: this process has none of that name: the layer that holds it comes from elsewhere.
+    """
+    if name is None:
+        return None
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"this process has no process_group named {name!r}: give the layer one, layer.process_group = group"
+        ) from None
 
 
 @traced_as_constant
 def rank_and_size(name: str) -> tuple[int, int]:
     """This process's place in a group, and how many there are."""
-    group = _groups[name_of(name)]
+    group = group_of(name)
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+_peers: dict[str, Peers] = {}
+
+
 def peers(name: str) -> Peers:
-    """The ranks of a group. The first call of a group makes one for the hosts, if it has to: all ranks must call."""
-    found = _peers.get(name)
-    if found is None:
-        group, hosts = _groups[name_of(name)], _groups[name]
-        if dist.get_backend(group) != dist.Backend.GLOO:
-            ranks = dist.get_process_group_ranks(group)
-            hosts = dist.new_group(ranks, backend=dist.Backend.GLOO, use_local_synchronization=True)
-        found = _peers[name] = Peers(group, hosts, *rank_and_size(name))
+    """The ranks of a group.
+
+    Raises:
+        ValueError: hosts cannot tell each other anything by the group's backend, nor by another one made for that.
+    """
+    group, found = group_of(name), _peers.get(name)
+    if found is None or found.group is not group:  # names are given anew after destroy_process_group
+        found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group))
     return found
+
+
+def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks of a group as one that carries CPU tensors."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    if group is dist.group.WORLD:
+        return dist.new_group(backend="gloo")  # every process calls, at its first meeting
+    raise ValueError(
+        "process_group must carry CPU tensors as well, by which hosts tell each other the sizes of their batches: "
+        'init_process_group("cpu:gloo,cuda:nccl"), or without a backend, makes all later groups such'
+    )
 
 
 def meet(name: str, samples: int, facts: Facts) -> Batch:
@@ -148,10 +180,10 @@ def meet(name: str, samples: int, facts: Facts) -> Batch:
         ValueError: on every rank, if it is not the same.
         RuntimeError: a CUDA graph is being captured, whose replays would not meet.
     """
-    rank, size = rank_and_size(name)
+    (rank, size), numbers = rank_and_size(name), facts.numbers()
     if torch.compiler.is_compiling():
-        return Batch(name, rank, [samples] * size, list(facts), met=False)
-    return Batch(name, rank, _told(name, samples, facts), facts, met=True)
+        return Batch(name, rank, [samples] * size, numbers, met=False)
+    return Batch(name, rank, _told(name, samples, numbers), numbers, met=True)
 
 
 def confirm(batch: Batch) -> None:
@@ -167,19 +199,19 @@ def confirm(batch: Batch) -> None:
         raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
 
 
-def _told(name: str, samples: int, facts: Sequence[int]) -> list[int]:
+def _told(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
-    _, hosts, _, size = peers(name)
-    told = torch.tensor([samples, *facts], dtype=torch.int64)
+    _, hosts, size = peers(name)
+    told = torch.tensor([samples, *numbers], dtype=torch.int64)
     heard = torch.empty(size * len(told), dtype=torch.int64)
     all_gather(heard, told, group=hosts)
-    sizes, *columns = heard.view(size, -1).T.tolist()
-    for fact, values in zip(Facts._fields, columns, strict=True):
+    said = heard.view(size, -1).tolist()
+    sizes = [numbers[0] for numbers in said]
+    for fact, *values in zip(Facts._fields, *[Facts.of(numbers[1:]) for numbers in said], strict=True):
         if len(set(values)) > 1:
-            said = [_NAMES[fact][value] for value in values] if fact in _NAMES else values
             raise ValueError(
-                f"all ranks of process_group must make the same call, got {fact} {said} on ranks 0 to {size - 1} "
+                f"all ranks of process_group must make the same call, got {fact} {values} on ranks 0 to {size - 1} "
                 f"with {sizes} samples"
             )
     return sizes

@@ -49,7 +49,7 @@ def _attention_across_ranks(
     b_q, b_kv = (None, None) if bias is None else bias.split([channels, 2 * channels])
     scale = (channels // num_heads) ** -0.5
     kv = gemm.linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
-    at_once = traced() or collectives.gathers(batch, kv[0].numel() * kv.element_size())
+    at_once = collectives.gathers(batch, kv[0].numel() * kv.element_size())
     coming = distributed.begin(kv, batch) if at_once else None
     q = gemm.linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
     if at_once:

@@ -34,7 +34,8 @@ LOG2_E = 1.4426950408889634
 
 # No value of these compiles a kernel anew: lengths, strides.
 _TENSORS = ("q", "k", "v", "o", "do", "dq", "dk")
-_RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold", "first_row", "first_key"]
+_RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold"]
+_RUNTIME += ["first_group", "first_row", "first_key"]  # where these begin in the call that dropout knows
 _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "nlh"]
 
 
@@ -104,7 +105,8 @@ def _zeros(R: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def forward_streaming(
     p_q, p_k, p_v, p_o, p_lse, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
     scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -144,7 +146,7 @@ def forward_streaming(
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
         if KEEP != KEEP_ALL:
-            keep = keep_tile(seed, group, first_row + rows, first_key + start, threshold, BN, KEEP)
+            keep = keep_tile(seed, first_group + group, first_row + rows, first_key + start, threshold, BN, KEEP)
             p *= tl.where(keep, keep_scale, 0.0)
         p = p.to(p_v.dtype.element_ty)
         new_acc = ()
@@ -164,7 +166,8 @@ def forward_streaming(
 @triton.jit(do_not_specialize=_RUNTIME)
 def backward_query(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -222,7 +225,7 @@ def backward_query(
                     dp = tl.dot(do[c], tl.trans(v), dp, input_precision=PRECISION)
             p = tl.where(m_keys[None, :], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
             if KEEP != KEEP_ALL:
-                keep = keep_tile(seed, group, first_row + rows, first_key + start, threshold, BN, KEEP)
+                keep = keep_tile(seed, first_group + group, first_row + rows, first_key + start, threshold, BN, KEEP)
                 dp *= tl.where(keep, keep_scale, 0.0)
             ds = (p * (dp - delta[:, None])).to(p_q.dtype.element_ty)
             new_dq = ()
@@ -241,7 +244,8 @@ def backward_query(
 @triton.jit(do_not_specialize=_RUNTIME)
 def backward_key_value(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -299,7 +303,8 @@ def backward_key_value(
         delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
         p = tl.where(m_rows[:, None], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
         if KEEP != KEEP_ALL:
-            keep = keep_tile(seed, group, first_row + start + rows, first_key + first, threshold, BN, KEEP)
+            samples = first_row + start + rows
+            keep = keep_tile(seed, first_group + group, samples, first_key + first, threshold, BN, KEEP)
             mask = tl.where(keep, keep_scale, 0.0)
             ds = p * (dp * mask - delta[:, None])
             p *= mask
@@ -364,7 +369,8 @@ def _packed_softmax(s, same, m_rows, scale_log2):
 @triton.jit(do_not_specialize=_RUNTIME)
 def forward_packed(
     p_q, p_k, p_v, p_o, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32, first_row: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
     scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -375,9 +381,9 @@ def forward_packed(
 ):  # fmt: skip
     """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
-    first_group = tl.program_id(0) * slots
-    q_slot, q_row, q_position, q_head, m_rows = _slots(first_group, groups, N, slots, H, BM)
-    k_slot, k_row, k_position, k_head, m_keys = _slots(first_group, groups, M, slots, H, BN)
+    own_group = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(own_group, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(own_group, groups, M, slots, H, BN)
     same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -390,8 +396,8 @@ def forward_packed(
         s = tl.dot(_load(b_q, m_rows, c, D, BD), tl.trans(_load(b_k, m_keys, c, D, BD)), s, input_precision=PRECISION)
     p = _packed_softmax(s, same, m_rows, scale_log2)
     if KEEP != KEEP_ALL:
-        groups = (first_group + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), groups, first_row + q_row, k_row, threshold, KEEP)
+        group = (own_group + q_slot).to(tl.int64)
+        keep = keep_each(tl.load(p_seed), first_group + group, first_row + q_row, k_row, threshold, KEEP)
         p *= tl.where(keep, keep_scale, 0.0)
     p = p.to(p_v.dtype.element_ty)
 
@@ -406,7 +412,8 @@ def forward_packed(
 @triton.jit(do_not_specialize=_RUNTIME)
 def backward_packed(
     p_q, p_k, p_v, p_do, p_dq, p_dk, p_dv, p_seed,
-    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32, first_row: tl.int32,
+    N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -419,9 +426,9 @@ def backward_packed(
 ):  # fmt: skip
     """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
-    first_group = tl.program_id(0) * slots
-    q_slot, q_row, q_position, q_head, m_rows = _slots(first_group, groups, N, slots, H, BM)
-    k_slot, k_row, k_position, k_head, m_keys = _slots(first_group, groups, M, slots, H, BN)
+    own_group = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(own_group, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(own_group, groups, M, slots, H, BN)
     same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -439,8 +446,8 @@ def backward_packed(
     dp = tl.where(same, dp, 0.0)
     kept = p
     if KEEP != KEEP_ALL:
-        groups = (first_group + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), groups, first_row + q_row, k_row, threshold, KEEP)
+        group = (own_group + q_slot).to(tl.int64)
+        keep = keep_each(tl.load(p_seed), first_group + group, first_row + q_row, k_row, threshold, KEEP)
         mask = tl.where(keep, keep_scale, 0.0)
         dp *= mask
         kept = p * mask
@@ -515,8 +522,7 @@ def forward(
     threshold: int,
     o: Tensor,
     lse: Tensor | None,
-    first_row: int = 0,
-    first_key: int = 0,
+    origin: tuple[int, int, int] = (0, 0, 0),
 ) -> None:
     """o = drop(softmax(scale · q kᵀ)) v, and the log-sum-exp of every row of scores.
 
@@ -528,8 +534,8 @@ def forward(
         threshold: of 65,536, how many values mean "drop".
         o: q's shape, to write to, channels contiguous.
         lse: (positions · H, N) fp32, to write to; None if the call is packed, that is unless :func:`streams`.
-        first_row, first_key: where the queries and the keys begin in the batch that dropout knows. Keys may begin at
-            multiples of 128 if the call streams, else at 0.
+        origin: where groups, queries and keys begin in the call that dropout knows. Keys may begin at multiples of 128
+            if the call streams, else at 0.
     """
     q, k, v, o = _layout(q), _layout(k), _layout(v), _positions(o)
     n, positions, heads, _ = q.shape
@@ -541,12 +547,12 @@ def forward(
     if lse is None:
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
-        numbers = (n, m, heads, groups, slots, first_row, *numbers, *strides)
+        numbers = (n, m, heads, groups, slots, *origin, *numbers, *strides)
         _run(forward_packed, config, cdiv(groups, slots), (q, k, v, o, seed), numbers, constants)
         return
     config = choose("forward_streaming", q, m)
     tiles = cdiv(n, config.block_m)
-    numbers = (n, m, heads, tiles, first_row, first_key, *numbers, *strides)
+    numbers = (n, m, heads, tiles, *origin, *numbers, *strides)
     _run(forward_streaming, config, groups * tiles, (q, k, v, o, lse, seed), numbers, constants)
 
 
@@ -565,14 +571,13 @@ def backward(
     scale: float,
     threshold: int,
     needs: tuple[bool, bool, bool] = (True, True, True),
-    first_row: int = 0,
-    first_key: int = 0,
+    origin: tuple[int, int, int] = (0, 0, 0),
 ) -> None:
     """Writes dq, dk and dv.
 
     Args:
         do: (N, …, H, D), any strides.
-        q, k, v, seed, scale, threshold, first_row, first_key: as they were in :func:`forward`; o and lse as it wrote
+        q, k, v, seed, scale, threshold, origin: as they were in :func:`forward`; o and lse as it wrote
             them, both None if it was packed, or, where these keys are some of many, those of attention to all.
         dq: (N, …, H, D) to write to, channels contiguous, rows at multiples of 16 bytes; dk and dv (M, …, H, D)
             likewise, with equal strides.
@@ -591,7 +596,7 @@ def backward(
         slots = packed_slots(config, n, m)
         strides = (*inputs, *_strides(do), *_strides(dq), *_strides(dk))
         tensors = (q, k, v, do, dq, dk, dv, seed)
-        numbers = (n, m, heads, groups, slots, first_row, *numbers, *strides)
+        numbers = (n, m, heads, groups, slots, *origin, *numbers, *strides)
         _run(backward_packed, config, cdiv(groups, slots), tensors, numbers, constants)
         return
     config = choose("backward_query", q, m)
@@ -601,13 +606,13 @@ def backward(
     tensors = (q, k, v, o, do, lse, delta, dq, seed)
     strides = (*inputs, *_strides(o), *_strides(do), *_strides(dq))
     flags = {"RELOAD": config.reload, "NEEDS_DQ": needs[0]}
-    sizes = (n, m, heads, tiles, first_row, first_key)
+    sizes = (n, m, heads, tiles, *origin)
     _run(backward_query, config, groups * tiles, tensors, (*sizes, *numbers, *strides), {**constants, **flags})
     config = choose("backward_key_value", q, m)
     tiles = cdiv(m, config.block_n)
     strides = (*inputs, *_strides(do), *_strides(dk))
     tensors = (q, k, v, do, lse, delta, dk, dv, seed)
-    numbers = (n, m, heads, tiles, first_row, first_key, *numbers, *strides)
+    numbers = (n, m, heads, tiles, *origin, *numbers, *strides)
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:

@@ -39,16 +39,21 @@ def mine(x, sizes):
 
 
 def chunks_of(kind):
-    """Whether keys and values are gathered or come in chunks."""
-    return mock.patch.object(collectives, "GATHER_BYTES", 0) if kind == "chunked" else nullcontext()
+    """Whether keys and values are gathered or come in parts."""
+    return mock.patch.object(collectives, "GATHER_BYTES", 0) if kind == "in parts" else nullcontext()
+
+
+def on_cpu(x):
+    """Where ranks compute, whatever the parent process has."""
+    return x.detach().cpu().requires_grad_()
 
 
 def layer_inputs(samples, positions, channels, width, dtype, position_major=False, fork=""):
     """x, the weights, and the gradient of the result: the same on every rank."""
     torch.manual_seed(1)
     streams = 2 if fork == "input" else 1
-    x = features(streams * samples, positions, channels, dtype, position_major)
-    tensors = weights(channels, width, dtype)
+    x = on_cpu(features(streams * samples, positions, channels, dtype, position_major))
+    tensors = [on_cpu(t) for t in weights(channels, width, dtype)]
     grad = torch.randn((2 if fork else 1) * samples, *positions, channels).to(dtype)
     return x, tensors, grad
 
@@ -70,8 +75,30 @@ def layer(sizes, shape, backend, kind, fork, call):
         out = functional.encoder_layer(
             x, *tensors, seed=SEED, backend=backend, process_group=dist.group.WORLD, **forks, **call
         )
-        found = torch.autograd.grad(out, [x, *tensors], grad)
+        wide = torch.stack([grad, grad], dim=-1)
+        found, again = (
+            torch.autograd.grad(out, [x, *tensors], wide[..., 0], retain_graph=True) for _ in range(2)
+        )  # fmt: skip
+    assert torch.equal(wide[..., 1], grad)
+    assert torch.equal(wide[..., 0], grad)
+    assert all(map(torch.equal, found, again))
     return [out.detach(), *found]
+
+
+def some_gradients(sizes, shape, backend, kind, call):
+    """Whether every tensor's gradient is the same where no other one is wanted."""
+    x, tensors, grad = layer_inputs(sum(sizes), *shape)
+    x, grad = parts(x, sizes, 1), parts(grad, sizes, 1)
+    options = call | {"seed": SEED, "backend": backend, "process_group": dist.group.WORLD}
+
+    def found(wanted):
+        given = [t.detach().requires_grad_(i in wanted) for i, t in enumerate([x, *tensors])]
+        out = functional.encoder_layer(*given, **options)
+        return torch.autograd.grad(out, [given[i] for i in wanted], grad)
+
+    with chunks_of(kind):
+        every = found(range(13))
+        return [torch.allclose(found([i])[0], every[i], rtol=1e-4, atol=1e-6) for i in range(13)]
 
 
 def models(backend="torch", process_group=None, dim=16, classes=5, layers=1, dropout=0.5, **options):
@@ -97,7 +124,8 @@ class Loss(nn.Module):
 
     def forward(self, x, y):
         x, former = self.parts["backbone"](x), self.parts["former"]
-        x = checkpoint(former, x, use_reentrant=False) if self.checkpointed else former(x)
+        reentrant = self.checkpointed == "reentrant"
+        x = checkpoint(former, x, use_reentrant=reentrant) if self.checkpointed else former(x)
         x = x.flatten(1, -2).mean(1) if x.dim() > 2 else x
         if self.total is None:
             return self.parts["classifier"].loss(x, y)
@@ -113,12 +141,14 @@ def gradients(net):
     return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
 
 
-def step(net, samples, positions=(), steps=1, draw=4):
+def step(net, samples, positions=(), steps=1, autocast=None):
     """Gradients of one step, or of several that are added up, on the whole batch in one process."""
+    dtype = next(net.parameters()).dtype
     for i in range(steps):
         x, y = batch(samples, positions)
-        torch.manual_seed(draw + i)
-        (net(x, y) / steps).backward()
+        torch.manual_seed(4 + i)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            (net(x.to(dtype), y) / steps).backward()
     return gradients(net)
 
 
@@ -134,25 +164,30 @@ def data_parallel(sizes, positions, backend, kind, options):
         for i in range(steps):
             x, y = batch(sum(sizes), positions)
             torch.manual_seed(4 + i)
-            with net.no_sync() if i < steps - 1 else nullcontext():
+            autocast = torch.autocast("cpu", options.get("autocast"), enabled="autocast" in options)
+            with net.no_sync() if i < steps - 1 else nullcontext(), autocast:
                 (net(mine(x, sizes), mine(y, sizes)) / steps).backward()
     return {name: g.clone() for name, g in gradients(net).items()}
 
 
-def sharded(sizes, where):
-    """Gradients of a step under FSDP2, whole again."""
+def sharded(sizes, where, backend, steps):
+    """Gradients of steps that are added up under FSDP2, whole again."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    net = Loss(models("torch", WORLD))
+    net = Loss(models(backend, WORLD), total=sum(sizes) if len(set(sizes)) > 1 else None)
     mesh = init_device_mesh("cpu", (len(sizes),))
-    if where == "layers":
-        for part in net.parts["former"].layers:
+    for part in net.parts["former"].layers:
+        if where == "layers":
             fully_shard(part, mesh=mesh)
+        elif where == "inside":
+            fully_shard(part.linear1, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    x, y = batch(sum(sizes))
-    torch.manual_seed(4)
-    net(mine(x, sizes), mine(y, sizes)).backward()
+    for i in range(steps):
+        x, y = batch(sum(sizes))
+        torch.manual_seed(4 + i)
+        net.set_requires_gradient_sync(i == steps - 1)
+        (net(mine(x, sizes), mine(y, sizes)) / steps).backward()
     return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
 
 
@@ -227,9 +262,21 @@ def _on_each(*values):
     return values[min(dist.get_rank(), len(values) - 1)]
 
 
-def _compiled_ragged():
+def _compiled_for(*samples):
     former = torch.compile(models("torch", WORLD)["former"], fullgraph=True, backend="aot_eager")
-    former(torch.randn(_on_each(3, 4), 16))
+    former(torch.randn(_on_each(*samples), 16))
+
+
+def _gather_compiled_for(*samples):
+    group = dist.group.WORLD
+    gather = torch.compile(lambda x: distributed.gather(x, group)[0], fullgraph=True, backend="aot_eager")
+    gather(torch.randn(_on_each(*samples), 16))
+
+
+def _no_way_for_hosts():
+    group = dist.new_group(list(range(dist.get_world_size())))
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        distributed.gather(torch.randn(2), group)
 
 
 def _twice(kind):
@@ -270,16 +317,21 @@ def _dropout():
 
 
 REFUSED = {
+    "sharded inside": lambda: sharded([4] * dist.get_world_size(), "inside", "torch", 1),
     "positions": lambda: _layer(torch.randn(4, _on_each(2, 3), 16)),
     "dropout": _dropout,
     "backward": _gradients_on_some,
     "call": _gathers_or_runs,
     "dtype": _dtype,
-    "ragged, compiled": _compiled_ragged,
+    "order of dimensions": lambda: distributed.gather(torch.randn(4, *_on_each((2, 3), (3, 2))), dist.group.WORLD),
+    "none, compiled": lambda: _compiled_for(0, 4),
+    "none, gathered and compiled": lambda: _gather_compiled_for(0, 4),
+    "ragged, compiled": lambda: _compiled_for(3, 4),
+    "no way for hosts": _no_way_for_hosts,
     "mask": lambda: fastbf.BatchFormerLayer(16, 2, process_group=dist.group.WORLD)(torch.randn(4, 16), is_causal=True),
     "activation": lambda: _layer(torch.randn(4, 16), activation=torch.tanh),
     "twice, gathered": lambda: _twice("gathered"),
-    "twice, chunked": lambda: _twice("chunked"),
+    "twice, in parts": lambda: _twice("in parts"),
     "foreign name": _foreign_name,
     "not a member": _not_a_member,
 }
@@ -290,22 +342,33 @@ def checked_operators():
     rank = dist.get_rank()
     name = name_of(dist.group.WORLD)
     for met in (True, False):
-        facts = Facts(0, 3, 32, 4, 0, 32768, 1, 1)
+        facts = Facts("encoder_layer", torch.float32, True, "triton", 4, 32768, (3, 32)).numbers()
         batch = Batch(name, rank, [6, 6], facts, met)
         operators = torch.ops.fastbf  # those of the layer are registered by ``ops``
-        assert hasattr(ops, "_encoder_forward")
+        assert hasattr(ops, "_encoder_across_ranks_forward")
         x = torch.randn(6, 3, 32)
         calls = [(operators._gather, (x, *batch)), (operators._scatter_sum, (torch.randn(12, 3, 32), *batch))]
         layer = Layer(6, 3, False, 4, "relu", False, 1e-5, 32768, "x", torch.float32, torch.float32, *batch)
         given, seed = [t.detach() for t in weights(32, 40)], torch.tensor([SEED])
         forward = x.view(18, 32), None, given, seed, *layer
-        out, *saved = operators._encoder_forward(*forward)
+        out, *saved = operators._encoder_across_ranks_forward(*forward)
         wanted = kept(x.dtype, LayerWeights(*given), layer)
         tensors = iter(saved)
         saved = [next(tensors) if is_kept else None for is_kept in wanted]
         factors = [*given[:8:2], given[8], given[10]]
         backward = out, x.view(18, 32), saved, factors, seed, [True] * 13, torch.float32, *layer
-        calls += [(operators._encoder_forward, forward), (operators._encoder_backward, backward)]
+        calls += [
+            (operators._encoder_across_ranks_forward, forward),
+            (operators._encoder_across_ranks_backward, backward),
+        ]
+        q, kv = torch.randn(6, 3, 4, 8), torch.randn(6, 3, 64)
+        options = seed, 0.5, 0.5, *batch
+        o, lse = operators._across_ranks_forward(q, kv, *options)
+        calls += [
+            (operators._across_ranks_forward, (q, kv, *options)),
+            (operators._across_ranks_backward, (torch.randn_like(o), q, kv, o, lse, *options)),
+            (operators._confirmed, (x, *batch)),
+        ]
         for call, args in calls:
             done = opcheck(call.default, args, test_utils=("test_schema", "test_faketensor"))
             assert set(done.values()) == {"SUCCESS"}
@@ -327,14 +390,14 @@ def subgroups(sizes):
     return former.mix(mine(x, sizes)).detach()
 
 
-def peak_memory(samples, channels, kind, backend="torch"):
-    """Bytes of tensors at the most, forward and backward, with as many samples on each rank."""
+def peak_memory(shape, kind):
+    """Bytes of tensors at the most, forward and backward, with x of this shape on each rank."""
     torch.manual_seed(0)
-    x = torch.randn(samples, channels, requires_grad=True)
+    x, channels = torch.randn(shape, requires_grad=True), shape[-1]
     tensors = [t.detach() for t in fastbf.BatchFormerLayer(channels, 1, channels)._weights()]
     with chunks_of(kind), PeakMemory() as memory:
         out = functional.encoder_layer(
-            x, *tensors, num_heads=1, dropout_p=0.5, backend=backend, process_group=dist.group.WORLD
+            x, *tensors, num_heads=1, dropout_p=0.5, backend="torch", process_group=dist.group.WORLD
         )
         out.sum().backward()
     return memory.peak

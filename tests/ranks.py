@@ -1,4 +1,8 @@
-"""Processes that make a group, for tests of what happens across ranks: started once, then given call after call."""
+"""Processes that make a group, for tests of what happens across ranks: started once, then given call after call.
+
+They compute on the CPU, kernels in Triton's interpreter, on a machine with a GPU too: a group of several ranks needs as
+many of those.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import queue
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -41,8 +46,9 @@ class Ranks:
             for rank in range(size)
         ]
         self.alive = True
-        for process in self.processes:
-            process.start()
+        with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}):
+            for process in self.processes:
+                process.start()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(*args)`` on every rank; its results in their order. Raises what it raised, as text, on any."""

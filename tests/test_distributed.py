@@ -20,7 +20,7 @@ from tests.test_triton_layer import NAMES, formula
 
 pytestmark = pytest.mark.xdist_group("ranks")
 BACKENDS = ("torch", "triton")
-KINDS = ("gathered", "chunked")
+KINDS = ("gathered", "in parts")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,9 @@ LAYERS = [
     ((0, 7, 2), V2, "float32", False, "input", {"dropout_p": 0.5}),
     ((2, 2, 2, 2), V2, "float32", True, "x", {"dropout_p": 0.5, "norm_first": True}),
     ((9, 33, 0, 1), V1, "float32", False, "", {"dropout_p": 0.0}),
-    ((100, 90, 70), V1, "float32", False, "x", {"dropout_p": 0.5}),
-    ((128, 128), V2, "float16", False, "", {"dropout_p": 0.1}),
+    ((128, 100, 128), V1, "float32", False, "x", {"dropout_p": 0.5}),
+    ((40, 0, 50), V2, "float32", True, "x", {"dropout_p": 0.1}),
+    ((128, 128), V1, "float16", False, "", {"dropout_p": 0.1}),
     ((150, 0, 3, 140), V1, "float32", False, "", {"dropout_p": 0.1, "norm_first": True}),
 ]
 
@@ -92,7 +93,7 @@ def test_the_same_bits_every_time(worlds):
     call = {"num_heads": 2, "dropout_p": 0.5}
     for kind in KINDS:
         runs = [
-            worlds(3).run(work.layer, (100, 90, 70), (*V1, torch.float32), "torch", kind, "x", call) for _ in range(2)
+            worlds(3).run(work.layer, (128, 100, 128), (*V1, torch.float32), "torch", kind, "x", call) for _ in range(2)
         ]
         for a, b in zip(*(itertools.chain(*run) for run in runs), strict=True):
             assert torch.equal(a, b)
@@ -110,16 +111,20 @@ STEPS = [
     ((6,), (), "torch", "gathered", {}),
     ((4, 4), (), "torch", "gathered", {"layers": 2}),
     ((4, 4), (3,), "triton", "gathered", {"layers": 2}),
-    ((3, 3, 3), (2,), "torch", "chunked", {"layers": 2, "checkpointed": True}),
+    ((3, 3, 3), (2,), "torch", "in parts", {"layers": 2, "checkpointed": True}),
     ((3, 3), (), "triton", "gathered", {"layers": 2, "checkpointed": True}),
-    ((2, 2, 2, 2), (), "triton", "chunked", {}),
+    ((2, 2, 2, 2), (), "triton", "in parts", {}),
     ((4, 4), (), "torch", "gathered", {"steps": 3}),
     ((5, 2), (), "torch", "gathered", {"layers": 2}),
     ((5, 0, 2), (), "triton", "gathered", {"layers": 2, "checkpointed": True}),
-    ((5, 0), (3,), "torch", "chunked", {"steps": 2}),
+    ((5, 0), (3,), "torch", "in parts", {"steps": 2}),
+    ((5, 0), (3,), "triton", "in parts", {"layers": 2, "checkpointed": "reentrant"}),
+    ((4, 3), (), "torch", "gathered", {"layers": 2, "checkpointed": "reentrant"}),
+    ((4, 4), (3,), "torch", "in parts", {"compiled": "eager", "checkpointed": True}),
+    ((3, 3), (), "triton", "gathered", {"compiled": "eager", "checkpointed": True}),
     ((4, 4), (), "torch", "gathered", {"compiled": "eager", "layers": 2}),
     ((4, 4), (3,), "triton", "gathered", {"compiled": "eager", "layers": 2}),
-    ((130, 130), (), "triton", "chunked", {"compiled": "eager"}),
+    ((130, 130), (), "triton", "in parts", {"compiled": "eager"}),
 ]
 
 
@@ -153,9 +158,33 @@ def test_one_process_is_not_what_ranks_compute_alone(worlds):
         assert_same([alone], expected)
 
 
-@pytest.mark.parametrize("where", ["whole", "layers"])
-def test_fsdp2(worlds, where):
-    assert_same(worlds(2).run(work.sharded, (4, 4), where), work.step(work.Loss(work.models("torch")), 8))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("where", "sizes", "steps"), [("whole", (4, 4), 1), ("layers", (4, 4), 2), ("layers", (5, 3), 1)]
+)
+def test_fsdp2(worlds, where, sizes, steps, backend):
+    found = worlds(2).run(work.sharded, sizes, where, backend, steps)
+    assert_same(found, work.step(work.Loss(work.models("torch")), 8, steps=steps))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_gradient_alone(worlds, kind, backend):
+    """Ranks send gradients back, or do not, whichever are wanted."""
+    for norm_first in (False, True):
+        call = {"num_heads": 2, "dropout_p": 0.5, "norm_first": norm_first}
+        for same in worlds(2).run(work.some_gradients, (4, 3), (*V2, torch.float32), backend, kind, call):
+            assert all(same), [name for name, good in zip(NAMES[1:], same, strict=True) if not good]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.bfloat16), ("triton", torch.float16)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(worlds, kind, backend, dtype):
+    """As exact as one process under autocast."""
+    found = worlds(2).run(work.data_parallel, (4, 4), (3,), backend, kind, {"autocast": dtype})[0]
+    exact = work.step(work.Loss(work.models("torch")).double(), 8, (3,))
+    eager = work.step(work.Loss(work.models("torch")), 8, (3,), autocast=dtype)
+    assert_as_exact(*([g[name] for name in exact] for g in (found, eager, exact)), torch.finfo(dtype).eps, list(exact))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,17 +241,22 @@ def test_gather_of_one_process():
 
 
 ERRORS = {
-    "positions": ("ValueError", r"the same call, got positions [2, 3, 3] on ranks 0 to 2 with [4, 4, 4] samples"),
+    "positions": ("ValueError", "the same call, got shape [(2, 16), (3, 16), (3, 16)] on ranks 0 to 2 with [4, 4, 4]"),
+    "order of dimensions": ("ValueError", "got shape [(2, 3), (3, 2), (3, 2)] on ranks 0 to 2"),
     "dropout": ("ValueError", "got dropout [32768, 16384, 16384]"),
     "backward": ("ValueError", "got backward [False, True, True]"),
     "call": ("ValueError", "got call ['encoder_layer', 'gather', 'gather']"),
     "dtype": ("ValueError", "got dtype [torch.float32, torch.float64, torch.float64]"),
+    "none, compiled": ("ValueError", "every rank must have as many samples as the others, got [0, 4, 4]"),
+    "none, gathered and compiled": ("ValueError", "as many samples as the others, got [0, 4, 4]"),
     "ragged, compiled": ("ValueError", "every rank must have as many samples as the others, got [3, 4, 4]"),
+    "sharded inside": ("ValueError", "cannot serve this call: a module inside the layer"),
     "mask": ("ValueError", "a layer with a process_group cannot serve this call: the call has an attention mask."),
     "activation": ("ValueError", "cannot serve this call: the activation is neither relu nor exact gelu."),
     "twice, gathered": ("RuntimeError", "what was gathered from other ranks cannot be differentiated twice"),
-    "twice, chunked": ("RuntimeError", "attention across ranks cannot be differentiated twice"),
-    "foreign name": ("ValueError", "process_group 'x' is not known in this process"),
+    "twice, in parts": ("RuntimeError", "attention across ranks cannot be differentiated twice"),
+    "foreign name": ("ValueError", "this process has no process_group named 'x'"),
+    "no way for hosts": ("ValueError", "process_group must carry CPU tensors as well"),
     "not a member": ("ValueError", "process_group must be a group of which this process is a member"),
 }
 
@@ -274,20 +308,15 @@ def test_one_meeting_a_layer(worlds):
     assert worlds(2).run(work.meetings, 2) == [8, 8]
 
 
-def test_memory(worlds):
-    """Gathered it grows with the whole batch's keys, in chunks with a rank's own; never with N × N."""
-    samples, channels = 2048, 16
-    row = channels * 4
-    peaks = {
-        (ranks, kind): max(worlds(ranks).run(work.peak_memory, samples, channels, kind))
-        for ranks in (3, 4)
-        for kind in KINDS
-    }
+@pytest.mark.parametrize("shape", [(2048, 16), (2, 1500, 16)])
+def test_memory(worlds, shape):
+    """Gathered it grows with the whole batch's keys, in parts with a rank's own; never with N × N."""
+    one = 4 * torch.Size(shape).numel()
+    peaks = {(ranks, kind): max(worlds(ranks).run(work.peak_memory, shape, kind)) for ranks in (3, 4) for kind in KINDS}
     more = peaks[4, "gathered"] - peaks[3, "gathered"]  # a rank's k, v and their gradients
-    assert 2 * samples * row <= more <= 8 * samples * row
-    assert peaks[4, "chunked"] - peaks[3, "chunked"] <= samples * row / 4
-    assert peaks[4, "chunked"] < peaks[4, "gathered"]
-    assert max(peaks.values()) < 4 * samples * samples
+    assert 2 * one <= more <= 8 * one
+    assert peaks[4, "in parts"] - peaks[3, "in parts"] <= one / 4
+    assert peaks[4, "in parts"] < peaks[4, "gathered"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
