@@ -221,7 +221,8 @@ def _forward_part(
     q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
     origin: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys."""
+    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys, at their positions."""
+    q, o, lse = _at(k, origin, q, o, lse=lse)
     total = torch.empty(_batched(q).shape, dtype=lse.dtype, device=q.device)
     for tile in _AttentionTiles(q, k, v, seed, scale, p, origin):
         scores = tile.scores()
@@ -235,7 +236,8 @@ def _backward_part(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
     p: float, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """Writes the gradients of some keys' part in attention; o and lse are those of all keys."""
+    """Writes the gradients of some keys' part in attention, at their positions; o and lse are those of all keys."""
+    do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
     g, o = (_batched(t).to(lse.dtype) for t in (do, o))
     gq, gk, gv = (torch.zeros(_batched(t).shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
     delta = (g * o).sum(-1, keepdim=True)
@@ -249,6 +251,13 @@ def _backward_part(
         gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
     for total, out in ((gq, dq), (gk, dk), (gv, dv)):
         _unbatch(total, out)
+
+
+def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
+    """The positions that k (M, l, H, D) has, of tensors (N, L, H, D) and lse (L · H, N)."""
+    (_, positions, heads, _), first = k.shape, origin[0]
+    yield from (t[:, first // heads : first // heads + positions] for t in tensors)
+    yield lse[first : first + positions * heads]
 
 
 def _unbatch(x: Tensor, out: Tensor) -> None:

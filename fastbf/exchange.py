@@ -27,7 +27,8 @@ def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Te
     """Writes o and the log-sum-exp, to the base 2, of attention to all ranks' keys.
 
     Args:
-        part: ``part(q, k, v, o=, lse=, origin=)`` writes those of some positions, or of some keys.
+        part: ``part(q, k, v, o=, lse=, origin=)`` writes those at the positions, and of the keys, that k and v have,
+            which begin at ``origin``, (group, query, key).
         q: (N, L, H, D).
         kv: (N, L, 2C), contiguous: this rank's.
         o: (N, L, H, D).
@@ -37,11 +38,7 @@ def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Te
     heads = q.shape[-2]
     if by_positions(batch):
         for start, block in blocks(kv, batch):
-            at, of_groups = _slices(start, block, heads)
-            part(
-                q[:, at], *split_kv(block, heads), o=o[:, at], lse=None if lse is None else lse[of_groups],
-                origin=(of_groups.start, batch.first, 0),
-            )  # fmt: skip
+            part(q, *split_kv(block, heads), o=o, lse=lse, origin=(start * heads, batch.first, 0))
             del block  # the next but one is on its way when this is asked for again
         return
     total = None
@@ -52,12 +49,6 @@ def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Te
         total = some if total is None else _merged(*total, *some)
     o.copy_(total[0])
     lse.copy_(total[1])
-
-
-def _slices(start: int, block: Tensor, heads: int) -> tuple[slice, slice]:
-    """The positions of a block (M, l, 2C), and their groups."""
-    stop = start + block.shape[1]
-    return slice(start, stop), slice(start * heads, stop * heads)
 
 
 def _merged(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +67,8 @@ def backward(
     """Writes the gradients of q and of this rank's kv; sums over ranks and chunks are taken in fp32, or fp64.
 
     Args:
-        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, origin=)`` writes those of some positions, or of some keys.
+        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, origin=)`` writes those at the positions, and of the keys, that
+            k and v have.
         do: (N, L, H, D).
         q, kv, o, lse, batch: as in :func:`forward`.
         dq: (N, L, H, D).
@@ -87,16 +79,12 @@ def backward(
         pending: tuple[Tensor, Pending] | None = None
         for start, block in blocks(kv, batch):
             d_block = torch.empty(block.shape, dtype=dtype, device=q.device)
-            at, of_groups = _slices(start, block, heads)
             (k, v), (dk, dv) = split_kv(block, heads), split_kv(d_block, heads)
-            part(
-                do[:, at], q[:, at], k, v, o[:, at], None if lse is None else lse[of_groups],
-                dq=dq[:, at], dk=dk, dv=dv, origin=(of_groups.start, batch.first, 0),
-            )  # fmt: skip
+            part(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, origin=(start * heads, batch.first, 0))
             del block, k, v
             if pending is not None:
                 take_own(pending[1].wait(), pending[0])
-            pending = d_kv[:, at], scatter_sum(d_block, batch)
+            pending = d_kv[:, start : start + d_block.shape[1]], scatter_sum(d_block, batch)
         take_own(pending[1].wait(), pending[0])
         return
     total = torch.zeros(q.shape, dtype=dtype, device=q.device)

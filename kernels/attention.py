@@ -35,7 +35,7 @@ LOG2_E = 1.4426950408889634
 # No value of these compiles a kernel anew: lengths, strides.
 _TENSORS = ("q", "k", "v", "o", "do", "dq", "dk")
 _RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold"]
-_RUNTIME += ["first_group", "first_row", "first_key"]  # where these begin in the call that dropout knows
+_RUNTIME += ["first_group", "first_row", "minus_first_row", "first_key"]
 _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "nlh"]
 
 
@@ -106,7 +106,7 @@ def _zeros(R: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
 def forward_streaming(
     p_q, p_k, p_v, p_o, p_lse, p_seed,
     N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
-    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, minus_first_row: tl.int32, first_key: tl.int32,
     scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -118,18 +118,20 @@ def forward_streaming(
     """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
-    group = program // tiles
+    group = first_group + program // tiles
     position, head = group // H, group % H
+    kv_position = position - first_group // H
     group = group.to(tl.int64)
     rows = program % tiles * BM + tl.arange(0, BM)
+    samples = first_row + rows
     keys = tl.arange(0, BN)
     m_rows = rows < N
     if KEEP != KEEP_ALL:
         seed = tl.load(p_seed)
 
     q = _load_all(p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD), m_rows, D, BD, NC)
-    b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
-    b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+    b_k = p_k + _base(kv_position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+    b_v = p_v + _base(kv_position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
     acc = _zeros(BM, BD, NC)
     maximum = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -146,7 +148,7 @@ def forward_streaming(
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
         if KEEP != KEEP_ALL:
-            keep = keep_tile(seed, first_group + group, first_row + rows, first_key + start, threshold, BN, KEEP)
+            keep = keep_tile(seed, group, samples, first_key + start, threshold, BN, KEEP)
             p *= tl.where(keep, keep_scale, 0.0)
         p = p.to(p_v.dtype.element_ty)
         new_acc = ()
@@ -157,6 +159,8 @@ def forward_streaming(
         b_k += BN * _stride(s_kn)
         b_v += BN * _stride(s_vn)
 
+    rows = samples + minus_first_row
+    m_rows = rows < N
     b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
     for c in tl.static_range(NC):
         _store(b_o, acc[c] / total[:, None], m_rows, c, D, BD)
@@ -167,7 +171,7 @@ def forward_streaming(
 def backward_query(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq, p_seed,
     N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
-    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, minus_first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -181,10 +185,12 @@ def backward_query(
     """A tile of BM queries of one group: delta = rowsum(do ∘ o), and dq if NEEDS_DQ. Grid as forward_streaming's."""
     NC: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
-    group = program // tiles
+    group = first_group + program // tiles
     position, head = group // H, group % H
+    kv_position = position - first_group // H
     group = group.to(tl.int64)
     rows = program % tiles * BM + tl.arange(0, BM)
+    samples = first_row + rows
     keys = tl.arange(0, BN)
     m_rows = rows < N
 
@@ -202,8 +208,8 @@ def backward_query(
         if KEEP != KEEP_ALL:
             seed = tl.load(p_seed)
         b_q = p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD)
-        b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
-        b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+        b_k = p_k + _base(kv_position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+        b_v = p_v + _base(kv_position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
         if not RELOAD:
             q = _load_all(b_q, m_rows, D, BD, NC)
         lse = tl.load(p_lse + group * N + rows, mask=m_rows, other=0.0)
@@ -225,7 +231,7 @@ def backward_query(
                     dp = tl.dot(do[c], tl.trans(v), dp, input_precision=PRECISION)
             p = tl.where(m_keys[None, :], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
             if KEEP != KEEP_ALL:
-                keep = keep_tile(seed, first_group + group, first_row + rows, first_key + start, threshold, BN, KEEP)
+                keep = keep_tile(seed, group, samples, first_key + start, threshold, BN, KEEP)
                 dp *= tl.where(keep, keep_scale, 0.0)
             ds = (p * (dp - delta[:, None])).to(p_q.dtype.element_ty)
             new_dq = ()
@@ -236,6 +242,8 @@ def backward_query(
             b_k += BN * _stride(s_kn)
             b_v += BN * _stride(s_vn)
 
+        rows = samples + minus_first_row
+        m_rows = rows < N
         b_dq = p_dq + _base(position, head, s_dql, s_dqh) + _rows(rows, s_dqn, BD)
         for c in tl.static_range(NC):
             _store(b_dq, dq[c] * scale, m_rows, c, D, BD)
@@ -245,7 +253,7 @@ def backward_query(
 def backward_key_value(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_seed,
     N: tl.int32, M: tl.int32, H: tl.int32, tiles: tl.int32,
-    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, minus_first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -264,8 +272,9 @@ def backward_key_value(
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
-    group = program // tiles
+    group = first_group + program // tiles
     position, head = group // H, group % H
+    kv_position = position - first_group // H
     group = group.to(tl.int64)
     first = program % tiles * BN
     keys = first + tl.arange(0, BN)
@@ -274,8 +283,8 @@ def backward_key_value(
     if KEEP != KEEP_ALL:
         seed = tl.load(p_seed)
 
-    b_k = p_k + _base(position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
-    b_v = p_v + _base(position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+    b_k = p_k + _base(kv_position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+    b_v = p_v + _base(kv_position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
     if not RELOAD:
         k, v = _load_all(b_k, m_keys, D, BD, NC), _load_all(b_v, m_keys, D, BD, NC)
     b_q = p_q + _base(position, head, s_ql, s_qh) + _rows(rows, s_qn, BD)
@@ -304,7 +313,7 @@ def backward_key_value(
         p = tl.where(m_rows[:, None], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
         if KEEP != KEEP_ALL:
             samples = first_row + start + rows
-            keep = keep_tile(seed, first_group + group, samples, first_key + first, threshold, BN, KEEP)
+            keep = keep_tile(seed, group, samples, first_key + first, threshold, BN, KEEP)
             mask = tl.where(keep, keep_scale, 0.0)
             ds = p * (dp * mask - delta[:, None])
             p *= mask
@@ -328,7 +337,7 @@ def backward_key_value(
         b_q += BM * _stride(s_qn)
         b_do += BM * _stride(s_don)
 
-    o_dk = _base(position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
+    o_dk = _base(kv_position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
     for c in tl.static_range(NC):
         if NEEDS_DK:
             _store(p_dk + o_dk, dk[c] * scale, m_keys, c, D, BD)
@@ -370,7 +379,7 @@ def _packed_softmax(s, same, m_rows, scale_log2):
 def forward_packed(
     p_q, p_k, p_v, p_o, p_seed,
     N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
-    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, minus_first_row: tl.int32, first_key: tl.int32,
     scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -381,9 +390,10 @@ def forward_packed(
 ):  # fmt: skip
     """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
-    own_group = tl.program_id(0) * slots
-    q_slot, q_row, q_position, q_head, m_rows = _slots(own_group, groups, N, slots, H, BM)
-    k_slot, k_row, k_position, k_head, m_keys = _slots(own_group, groups, M, slots, H, BN)
+    first = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
+    q_position += first_group // H
     same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -396,8 +406,8 @@ def forward_packed(
         s = tl.dot(_load(b_q, m_rows, c, D, BD), tl.trans(_load(b_k, m_keys, c, D, BD)), s, input_precision=PRECISION)
     p = _packed_softmax(s, same, m_rows, scale_log2)
     if KEEP != KEEP_ALL:
-        group = (own_group + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), first_group + group, first_row + q_row, k_row, threshold, KEEP)
+        group = (first_group + first + q_slot).to(tl.int64)
+        keep = keep_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, KEEP)
         p *= tl.where(keep, keep_scale, 0.0)
     p = p.to(p_v.dtype.element_ty)
 
@@ -413,7 +423,7 @@ def forward_packed(
 def backward_packed(
     p_q, p_k, p_v, p_do, p_dq, p_dk, p_dv, p_seed,
     N: tl.int32, M: tl.int32, H: tl.int32, groups: tl.int32, slots: tl.int32,
-    first_group: tl.int32, first_row: tl.int32, first_key: tl.int32,
+    first_group: tl.int32, first_row: tl.int32, minus_first_row: tl.int32, first_key: tl.int32,
     scale: tl.float32, scale_log2: tl.float32, threshold: tl.int32, keep_scale: tl.float32,
     s_qn: tl.int64, s_ql: tl.int64, s_qh: tl.int64,
     s_kn: tl.int64, s_kl: tl.int64, s_kh: tl.int64,
@@ -426,9 +436,10 @@ def backward_packed(
 ):  # fmt: skip
     """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
-    own_group = tl.program_id(0) * slots
-    q_slot, q_row, q_position, q_head, m_rows = _slots(own_group, groups, N, slots, H, BM)
-    k_slot, k_row, k_position, k_head, m_keys = _slots(own_group, groups, M, slots, H, BN)
+    first = tl.program_id(0) * slots
+    q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
+    k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
+    q_position += first_group // H
     same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -446,8 +457,8 @@ def backward_packed(
     dp = tl.where(same, dp, 0.0)
     kept = p
     if KEEP != KEEP_ALL:
-        group = (own_group + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), first_group + group, first_row + q_row, k_row, threshold, KEEP)
+        group = (first_group + first + q_slot).to(tl.int64)
+        keep = keep_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, KEEP)
         mask = tl.where(keep, keep_scale, 0.0)
         dp *= mask
         kept = p * mask
@@ -507,6 +518,14 @@ def choose(kernel: str, q: Tensor, m: int) -> Config:
     return config_for(kernel, n, m, positions * heads, head_dim, q.dtype.itemsize, device_limits(q.device))
 
 
+def _origin(origin: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """As kernels take it. They go back from samples to rows by a number of its own: if it knew that to be the first's
+    opposite, a compiler would keep both in registers.
+    """
+    group, row, key = origin
+    return group, row, -row, key
+
+
 def streams(n: int, m: int) -> bool:
     """Whether attention of N queries to M keys leaves a log-sum-exp, and needs that and its result for backward."""
     return schedule(n, m) == "streaming"
@@ -534,12 +553,13 @@ def forward(
         threshold: of 65,536, how many values mean "drop".
         o: q's shape, to write to, channels contiguous.
         lse: (positions · H, N) fp32, to write to; None if the call is packed, that is unless :func:`streams`.
-        origin: where groups, queries and keys begin in the call that dropout knows. Keys may begin at multiples of 128
-            if the call streams, else at 0.
+        origin: (group, query, key): where these keys, and the queries, begin in what dropout knows. Of queries at more
+            positions than the keys have, those from this group on are computed, a multiple of H. The key is a multiple
+            of 128 if the call streams, else 0.
     """
     q, k, v, o = _layout(q), _layout(k), _layout(v), _positions(o)
-    n, positions, heads, _ = q.shape
-    m, groups = k.shape[0], positions * heads
+    n, _, heads, _ = q.shape
+    m, groups = k.shape[0], k.shape[1] * heads
     numbers = (scale * LOG2_E, threshold, keep_scale(threshold))
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(o))
     constants = _constants(q, threshold)
@@ -547,12 +567,12 @@ def forward(
     if lse is None:
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
-        numbers = (n, m, heads, groups, slots, *origin, *numbers, *strides)
+        numbers = (n, m, heads, groups, slots, *_origin(origin), *numbers, *strides)
         _run(forward_packed, config, cdiv(groups, slots), (q, k, v, o, seed), numbers, constants)
         return
     config = choose("forward_streaming", q, m)
     tiles = cdiv(n, config.block_m)
-    numbers = (n, m, heads, tiles, *origin, *numbers, *strides)
+    numbers = (n, m, heads, tiles, *_origin(origin), *numbers, *strides)
     _run(forward_streaming, config, groups * tiles, (q, k, v, o, lse, seed), numbers, constants)
 
 
@@ -585,8 +605,8 @@ def backward(
     """
     do, q, k, v = _layout(do), _layout(q), _layout(k), _layout(v)
     dq, dk, dv = _positions(dq), _positions(dk), _positions(dv)
-    n, positions, heads, _ = q.shape
-    m, groups = k.shape[0], positions * heads
+    n, _, heads, _ = q.shape
+    m, groups = k.shape[0], k.shape[1] * heads
     numbers = (scale, scale * LOG2_E, threshold, keep_scale(threshold))
     inputs = (*_strides(q), *_strides(k), *_strides(v))
     constants = _constants(q, threshold)
@@ -596,7 +616,7 @@ def backward(
         slots = packed_slots(config, n, m)
         strides = (*inputs, *_strides(do), *_strides(dq), *_strides(dk))
         tensors = (q, k, v, do, dq, dk, dv, seed)
-        numbers = (n, m, heads, groups, slots, *origin, *numbers, *strides)
+        numbers = (n, m, heads, groups, slots, *_origin(origin), *numbers, *strides)
         _run(backward_packed, config, cdiv(groups, slots), tensors, numbers, constants)
         return
     config = choose("backward_query", q, m)
@@ -606,13 +626,13 @@ def backward(
     tensors = (q, k, v, o, do, lse, delta, dq, seed)
     strides = (*inputs, *_strides(o), *_strides(do), *_strides(dq))
     flags = {"RELOAD": config.reload, "NEEDS_DQ": needs[0]}
-    sizes = (n, m, heads, tiles, *origin)
+    sizes = (n, m, heads, tiles, *_origin(origin))
     _run(backward_query, config, groups * tiles, tensors, (*sizes, *numbers, *strides), {**constants, **flags})
     config = choose("backward_key_value", q, m)
     tiles = cdiv(m, config.block_n)
     strides = (*inputs, *_strides(do), *_strides(dk))
     tensors = (q, k, v, do, lse, delta, dk, dv, seed)
-    numbers = (n, m, heads, tiles, *origin, *numbers, *strides)
+    numbers = (n, m, heads, tiles, *_origin(origin), *numbers, *strides)
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:

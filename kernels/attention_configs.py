@@ -38,7 +38,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("forward_streaming", 2, 90): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 64, 32, 4, 3)),
         64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
-        128: (Config(128, 128, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
+        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
         512: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
     },
@@ -72,13 +72,13 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 8, 2), Config(16, 128, 64, 4, 2)),
         128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
         256: (Config(32, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
-        512: (Config(32, 16, 256, 8, 2), Config(16, 32, 256, 4, 2)),
+        512: (Config(32, 16, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 2, 90): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        256: (Config(64, 64, 128, 8, 2), Config(16, 64, 128, 8, 2)),
         512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 2, 100): {
@@ -130,11 +130,11 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("backward_key_value", 4, 80): {
         64: (Config(32, 16, 64, 4, 2),),
         128: (Config(16, 16, 128, 8, 2),),
-        256: (Config(16, 16, 128, 8, 2),),
+        256: (Config(16, 16, 128, 4, 3),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
     ("backward_key_value", 4, 90): {
-        64: (Config(32, 32, 64, 8, 2),),
+        64: (Config(32, 32, 64, 4, 2),),
         128: (Config(16, 64, 64, 8, 2),),
         256: (Config(16, 32, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
@@ -176,7 +176,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_packed", 2, 90): {
         32: (Config(64, 64, 32, 4, 1),),
-        64: (Config(64, 64, 64, 4, 1),),
+        64: (Config(64, 64, 64, 8, 1),),
         512: (Config(64, 64, 64, 4, 1),),
     },
     ("backward_packed", 2, 100): {

@@ -245,6 +245,19 @@ def gathered(sizes, dtype):
     return found
 
 
+def hosts_apart(sizes):
+    """What ranks gather whose group carries no CPU tensors, as far as it says; and whether another group was made."""
+    dist.new_group([0])  # groups of some ranks only must not matter
+    x = mine(torch.arange(float(sum(sizes))), sizes)
+    name = name_of(dist.group.WORLD)
+    with (
+        mock.patch.dict(process_groups._peers, clear=True),
+        mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"),
+    ):
+        found = [distributed.gather(x, dist.group.WORLD)[0] for _ in range(2)]
+        return found, process_groups.peers(name).hosts is not dist.group.WORLD
+
+
 def refused(call):
     """The error that a call of :data:`REFUSED` ends in."""
     try:

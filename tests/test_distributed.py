@@ -233,6 +233,12 @@ def test_gather(worlds, sizes, dtype):
             assert torch.equal(grad, expected.split(list(sizes))[rank])
 
 
+def test_hosts_have_a_group_of_their_own_where_tensors_are_on_gpus(worlds):
+    for found, apart in worlds(3).run(work.hosts_apart, (2, 0, 3)):
+        assert apart
+        assert all(torch.equal(x, torch.arange(5.0)) for x in found)
+
+
 def test_gather_of_one_process():
     x = torch.randn(3, 2)
     out, first = fastbf.distributed.gather(x, None)
