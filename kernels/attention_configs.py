@@ -85,7 +85,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(32, 32, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        256: (Config(32, 32, 64, 8, 2), Config(16, 128, 128, 8, 2)),
         512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 4, 80): {
@@ -110,7 +110,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         32: (Config(128, 64, 32, 8, 3), Config(64, 16, 32, 4, 3)),
         64: (Config(64, 32, 64, 4, 3), Config(64, 16, 64, 4, 3)),
         128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 2)),
-        256: (Config(32, 32, 128, 8, 2), Config(64, 16, 256, 8, 2)),
+        256: (Config(32, 32, 128, 8, 2), Config(16, 16, 256, 8, 2)),
         512: (Config(16, 16, 256, 8, 2),),
     },
     ("backward_key_value", 2, 90): {
@@ -134,7 +134,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(16, 16, 128, 8, 2, True),),
     },
     ("backward_key_value", 4, 90): {
-        64: (Config(32, 32, 64, 4, 2),),
+        64: (Config(16, 32, 64, 8, 2),),
         128: (Config(16, 64, 64, 8, 2),),
         256: (Config(16, 32, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
