@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     print("\n".join(table("labels per class", {str(n): (without[:, i], mixed[:, i]) for i, n in enumerate(LABELS)})))
     print("  raw pixels for comparison: " + ", ".join(f"{v:.1f}" for v in pixels.mean(0)) + "\n")
     print("\n".join(FOOTNOTE))
-    print(f"\npictures: {draw(args.out / 'contrastive.png', pixels, without, mixed)}")
+    print(f"\npicture: {draw(args.out / 'contrastive.png', pixels, without, mixed)}")
     return results
 
 

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
         for loss in LOSSES
     }
     path = args.out / "accuracy_per_class.png"
-    print(f"pictures: {draw_accuracy(path, per_class, class_counts(imbalances[0]), imbalances[0])}")
+    print(f"picture: {draw_accuracy(path, per_class, class_counts(imbalances[0]), imbalances[0])}")
     return results
 
 

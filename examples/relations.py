@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict[int, Relations]:
     attention, gradient = (np.stack([results[seed][i] for seed in range(args.seeds)]) for i in range(2))
     print(f"\nmean ± standard error over {args.seeds} seeds\n")
     print("\n".join([*report(attention, gradient), "", *FOOTNOTE]))
-    print(f"\npictures: {draw(args.out / 'relations.png', attention[:, 1], gradient[:, 1], results[0])}")
+    print(f"\npicture: {draw(args.out / 'relations.png', attention[:, 1], gradient[:, 1], results[0])}")
     return results
 
 

@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     print(check_strip(shown.model, shown.test[0]))
     print(check_timm(device))
     per_arm = {arm: curves(sizes[0], arm) for arm in (False, True)}
-    print(f"pictures: {draw(args.out / 'vit_v2.png', per_arm, sizes[0], steps, relations(shown))}")
+    print(f"picture: {draw(args.out / 'vit_v2.png', per_arm, sizes[0], steps, relations(shown))}")
     return results
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 # A call that hangs is an error, and soon.
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 def _serve(rank: int, size: int, store: str, calls: Any, results: Any) -> None:

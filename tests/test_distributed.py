@@ -75,7 +75,7 @@ def layers():
             yield pytest.param(case, kind, backend, id=name)
 
 
-@pytest.mark.parametrize(("case", "kind", "backend"), layers())
+@pytest.mark.parametrize(("case", "kind", "backend"), list(layers()))
 def test_layer_is_that_of_one_process(worlds, case, kind, backend):
     """Outputs and all gradients, with the dropout decisions of one process, against fp64."""
     sizes, (positions, channels, width), dtype, position_major, fork, options = case
