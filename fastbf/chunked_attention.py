@@ -6,21 +6,16 @@ storing them. Asked for a graph of the gradient (double backward), it differenti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import exchange, gemm, reference
+from fastbf import gemm, reference
 from fastbf.chunks import chunk_elements, compute_dtype
 from fastbf.context import no_autocast
 from fastbf.dropout import Dropout, Site, attention_mask
-from fastbf.once import once_differentiable
-from fastbf.process_groups import BATCH, Batch, confirm
-from fastbf.registered import COMMUNICATES, operator
 
 # On CPU, scores of a head from which its products are large enough to be quickest by themselves.
 _LONE_GROUP = 1 << 16
@@ -40,7 +35,7 @@ def _tiles(groups: int, rows: int, columns: int, elements: int, lone: int) -> It
             yield slice(g, min(g + group_step, groups)), slice(r, min(r + row_step, rows))
 
 
-def _batched(x: Tensor) -> Tensor:
+def batched(x: Tensor) -> Tensor:
     """(N, …, H, D) → (G, N, D) with G = positions · H, a view where the strides allow one."""
     x = reference.heads_first(x)
     return x.reshape(-1, *x.shape[-2:])
@@ -56,8 +51,8 @@ class _Attention(Function):
         ctx.save_for_backward(q, k, v, seed)
         ctx.scale, ctx.p, ctx.first_row = scale, p, first_row
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        o = _batched(out)
-        for tile in _AttentionTiles(q, k, v, seed, scale, p, (0, first_row, 0)):
+        o = batched(out)
+        for tile in AttentionTiles(q, k, v, seed, scale, p, (0, first_row, 0)):
             o[tile.group, tile.row] = gemm.bmm(tile.weights().mul_(tile.mask()), tile.v)
         return out
 
@@ -74,18 +69,18 @@ class _Attention(Function):
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
             return *(next(grads) if need else None for need in needs), None, None, None, None
 
-        tiles = _AttentionTiles(q, k, v, seed, ctx.scale, ctx.p, (0, ctx.first_row, 0))
+        tiles = AttentionTiles(q, k, v, seed, ctx.scale, ctx.p, (0, ctx.first_row, 0))
         with no_autocast(grad):
             return *_gradients(grad, q, k, v, tiles, ctx.scale, needs), None, None, None, None
 
 
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tiles: _AttentionTiles, scale: float, needs: tuple[bool, ...]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tiles: AttentionTiles, scale: float, needs: tuple[bool, ...]
 ) -> Iterator[Tensor | None]:
     """dq, dk and dv, None where not needed."""
     dtype = compute_dtype(q.dtype)
     totals = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v)]
-    g, gq, gk, gv = (_batched(t) for t in (grad, *totals))
+    g, gq, gk, gv = (batched(t) for t in (grad, *totals))
     for tile in tiles:
         g_tile = g[tile.group, tile.row].to(dtype)
         weights, mask = tile.weights(), tile.mask()
@@ -101,19 +96,19 @@ def _gradients(
     return (d.to(q.dtype) if need else None for d, need in zip(totals, needs, strict=True))
 
 
-class _AttentionTiles:
+class AttentionTiles:
     """Walks the score matrix of one attention call piece by piece."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, p: float, origin: tuple[int, int, int]
     ) -> None:  # fmt: skip
         """``origin`` is where groups, rows and keys begin in the call that dropout knows."""
-        self.all_q, self.all_k, self.all_v = _batched(q), _batched(k), _batched(v)
+        self.all_q, self.all_k, self.all_v = batched(q), batched(k), batched(v)
         self.scale, self.dtype = scale, compute_dtype(q.dtype)
         self.dropout = None if p == 0 else Dropout(p, seed, self.dtype)
         self.origin = origin
 
-    def __iter__(self) -> Iterator[_AttentionTiles]:
+    def __iter__(self) -> Iterator[AttentionTiles]:
         groups, rows, _ = self.all_q.shape
         columns = self.all_k.shape[1]
         elements = chunk_elements(self.all_q.device, self.dtype)
@@ -153,124 +148,3 @@ def attention(
     """
     with no_autocast(q):
         return _Attention.apply(q, k, v, seed, scale, p, first_row)
-
-
-class _AcrossRanks(Function):
-    """Attention to keys and values that other ranks send. Saves q, this rank's keys and values, the result, its
-    log-sum-exp and the seed.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, batch: Batch) -> Tensor:
-        o, lse = _across_ranks_forward(q, kv, seed, scale, p, *batch)
-        ctx.save_for_backward(q, kv, o, lse, seed)
-        ctx.scale, ctx.p, ctx.batch = scale, p, batch
-        return o
-
-    @staticmethod
-    @once_differentiable("attention across ranks cannot be differentiated twice")
-    def backward(ctx, do: Tensor):
-        with no_autocast(do):
-            dq, d_kv = _across_ranks_backward(do, *ctx.saved_tensors, ctx.scale, ctx.p, *ctx.batch)
-        return dq, d_kv, None, None, None, None
-
-
-def _across_ranks_results(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
-
-
-@operator(
-    f"(Tensor q, Tensor kv, Tensor? seed, float scale, float p, {BATCH}) -> (Tensor, Tensor)",
-    _across_ranks_results,
-    COMMUNICATES,
-)
-def _across_ranks_forward(
-    q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, *batch: object
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
-    batch = Batch(*batch)
-    confirm(batch)
-    o, lse = results = _across_ranks_results(q)
-    exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, o, lse, batch)
-    return results
-
-
-def _across_ranks_gradients(do: Tensor, q: Tensor, kv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv))
-
-
-@operator(
-    "(Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor? seed, float scale, float p,"
-    f" {BATCH}) -> (Tensor, Tensor)",
-    _across_ranks_gradients,
-    COMMUNICATES,
-)
-def _across_ranks_backward(
-    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, p: float,
-    *batch: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq and the gradient of kv."""
-    dq, d_kv = results = _across_ranks_gradients(do, q, kv)
-    part = partial(_backward_part, seed=seed, scale=scale, p=p)
-    exchange.backward(part, do, q, kv, o, lse, dq, d_kv, Batch(*batch))
-    return results
-
-
-def _forward_part(
-    q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
-    origin: tuple[int, int, int],
-) -> None:  # fmt: skip
-    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys, at their positions."""
-    q, o, lse = _at(k, origin, q, o, lse=lse)
-    total = torch.empty(_batched(q).shape, dtype=lse.dtype, device=q.device)
-    for tile in _AttentionTiles(q, k, v, seed, scale, p, origin):
-        scores = tile.scores()
-        of_rows = torch.logsumexp(scores, dim=-1)
-        lse[tile.group, tile.row] = of_rows / math.log(2)
-        total[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
-    _unbatch(total, o)
-
-
-def _backward_part(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
-    p: float, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int],
-) -> None:  # fmt: skip
-    """Writes the gradients of some keys' part in attention, at their positions; o and lse are those of all keys."""
-    do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
-    g, o = (_batched(t).to(lse.dtype) for t in (do, o))
-    gq, gk, gv = (torch.zeros(_batched(t).shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
-    delta = (g * o).sum(-1, keepdim=True)
-    for tile in _AttentionTiles(q, k, v, seed, scale, p, origin):
-        at = tile.group, tile.row
-        weights = (tile.scores() - lse[at][..., None] * math.log(2)).exp_()
-        d_weights = tile.dropped(gemm.bmm(g[at], tile.v.mT))
-        d_scores = d_weights.sub_(delta[at]).mul_(weights)
-        gq[at] = gemm.bmm(d_scores, tile.k).mul_(scale)
-        gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
-        gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
-    for total, out in ((gq, dq), (gk, dk), (gv, dv)):
-        _unbatch(total, out)
-
-
-def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
-    """The positions that k (M, l, H, D) has, of tensors (N, L, H, D) and lse (L · H, N)."""
-    (_, positions, heads, _), first = k.shape, origin[0]
-    yield from (t[:, first // heads : first // heads + positions] for t in tensors)
-    yield lse[first : first + positions * heads]
-
-
-def _unbatch(x: Tensor, out: Tensor) -> None:
-    """(G, N, D) → out (N, …, H, D), of any strides."""
-    out.copy_(x.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
-
-
-def attention_across_ranks(
-    q: Tensor, kv: Tensor, *, scale: float, p: float, seed: Tensor | None, batch: Batch
-) -> Tensor:  # fmt: skip
-    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in parts; kv (N, L, 2C) is its own.
-
-    Returns q's shape.
-    """
-    with no_autocast(q):
-        return _AcrossRanks.apply(q, kv, seed, scale, p, batch)

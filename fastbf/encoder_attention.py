@@ -42,22 +42,17 @@ def forward(
 
     parts = [channels, 2 * channels]
     (w_q, w_kv), (b_q, b_kv) = weight.split(parts), (None, None) if bias is None else bias.split(parts)
-    in_parts = layer.in_parts(channels)
-    direct = in_parts and not layer.position_major
-    kv = saved.kv.view(-1, 2 * channels) if direct else saved.o.new_empty(normed.shape[0], 2 * channels)
+    kv, q = torch.empty(normed.shape[0], 2 * channels, dtype=normed.dtype, device=normed.device), layer.heads(saved.qkv)
     linear_into(normed, w_kv, b_kv, kv)
-    own = kv.view_as(saved.kv) if direct else layer.by_sample(kv)
-    if in_parts:
-        if not direct:
-            saved.kv.copy_(own)
+    kv = layer.by_sample(kv).contiguous()
+    if layer.in_parts(channels):
+        saved.kv.copy_(kv)
         linear_into(normed, w_q, b_q, saved.qkv)
-        part = partial(attention.forward, seed=seed, **drops)
-        exchange.forward(part, layer.heads(saved.qkv), saved.kv, o, saved.lse, batch)
+        exchange.forward(partial(attention.forward, seed=seed, **drops), q, saved.kv, o, saved.lse, batch)
         return
-    coming = collectives.gather(own.contiguous(), saved.kv, batch)
+    coming = collectives.gather(kv, saved.kv, batch)
     linear_into(normed, w_q, b_q, saved.qkv)
     k, v = split_kv(coming.wait(), layer.num_heads)
-    q = layer.heads(saved.qkv)
     attention.forward(q, k, v, seed, o=o, lse=saved.lse, origin=(0, batch.first, 0), **drops)
 
 
@@ -67,7 +62,7 @@ class Backward:
     def __init__(self, do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved) -> None:
         """do: [R, C], of o; the rest as in :func:`forward`."""
         channels = do.shape[1]
-        self.layer, self.pending = layer, None
+        self.pending = None
         self.d_qkv = torch.empty(do.shape[0], 3 * channels, dtype=do.dtype, device=do.device)
         by_sample, batch = layer.by_sample(self.d_qkv), layer.batch
         do, o = layer.heads(do), layer.heads(saved.o)

@@ -82,9 +82,8 @@ class Facts(NamedTuple):
             TypeError: a dtype that is none of fp16, bf16, fp32 and fp64.
             ValueError: more than eight dimensions.
         """
-        for name, kinds in _KINDS.items():
-            if getattr(self, name) not in kinds:
-                raise TypeError(f"across ranks {name} must be one of {', '.join(map(str, kinds))}, got {self[1]}")
+        if self.dtype not in _KINDS["dtype"]:
+            raise TypeError(f"ranks exchange {', '.join(map(str, _KINDS['dtype']))}, got {self.dtype}")
         dimensions = len(self.shape)
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"across ranks a sample must have {_MAX_DIMENSIONS} dimensions at most, got {dimensions}")

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import chunked_attention, chunked_classifier, collectives, distributed, gemm, reference
+from fastbf import (
+    attention_across_ranks,
+    chunked_attention,
+    chunked_classifier,
+    collectives,
+    distributed,
+    gemm,
+    reference,
+)
 from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype
 from fastbf.context import autocast, autocast_dtype, traced
 from fastbf.dropout import Dropout, Site, attention_mask, elementwise_mask
@@ -56,7 +64,7 @@ def _attention_across_ranks(
         k, v = split_kv(distributed.gather_batch(kv, batch, coming), num_heads)
         o = batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first)
     else:
-        o = chunked_attention.attention_across_ranks(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
+        o = attention_across_ranks.attention(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
     return o.view(*x.shape[:-1], num_heads, -1)
 
 

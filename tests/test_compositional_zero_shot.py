@@ -1,20 +1,15 @@
 """The compositional zero-shot example: its metrics on cases counted by hand, and its quick form, run as a user does."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "compositional_zero_shot.py"
+from tests.examples import imported, run_quick
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    return pytest.importorskip("compositional_zero_shot")
+    return imported("compositional_zero_shot", monkeypatch)
 
 
 # Pairs 0 and 1 are seen, 2 and 3 are not. Margin: best seen score minus best unseen score.
@@ -97,15 +92,7 @@ def test_gradient_reaches_the_embeddings(example):
 
 
 def test_quick(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("fastbf ")
+    lines = run_quick("compositional_zero_shot", tmp_path)
     rows = {}
     for name in ("seen", "unseen", "harmonic mean", "AUC"):
         (row,) = [line for line in lines if line.startswith(f"  {name}  ")]

@@ -1,10 +1,6 @@
 """The contrastive example: in its quick form, run as a user runs it, and its parts."""
 
 import copy
-import importlib
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,25 +9,16 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 import fastbf
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples import imported, run_quick
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("contrastive")
+    return imported("contrastive", monkeypatch)
 
 
 def test_quick_run(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "contrastive.py", "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_quick("contrastive", tmp_path)
     assert lines[2].startswith("backend of BatchFormer  torch: ")
     title = next(i for i, line in enumerate(lines) if line.split()[:3] == ["labels", "per", "class"])
     rows = [line.split() for line in lines[title + 1 : title + 5]]

@@ -2,23 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "long_tailed.py"
+from tests.examples import EXAMPLES, run_quick
 
 
 def test_demo(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("fastbf ")
+    lines = run_quick("long_tailed", tmp_path)
     assert lines[2].startswith("backend of BatchFormer  torch: ")
-    assert "training: 100%" in result.stderr
     for group in ("all (120 to 2)", "many (120 to 50)", "medium (33 to 9)", "few (6 to 2)"):
         rows = [line for line in lines if line.strip().startswith(group)]
         assert len(rows) == 3
@@ -32,7 +22,10 @@ def test_demo(tmp_path):
 
 def test_one_seed_is_refused(tmp_path):
     result = subprocess.run(
-        [sys.executable, EXAMPLE, "--seeds", "1", "--out", tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / "long_tailed.py", "--seeds", "1", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2
     assert "--seeds must be at least 2" in result.stderr

@@ -1,17 +1,14 @@
 """The detector's wiring, its metric on cases worked out by hand, and the example as a user runs it."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import fastbf
+from tests.examples import imported, run_quick
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "detr_v2.py"
 N = 4
 
 
@@ -19,10 +16,7 @@ N = 4
 def detr():
     """The example as a module: it lies beside what it imports."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE.parent))
-        import detr_v2
-
-        yield detr_v2
+        yield imported("detr_v2", patch)
 
 
 @pytest.fixture
@@ -183,16 +177,7 @@ def test_average_precision_by_hand(detr):
 
 
 def test_as_a_user_runs_it(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("fastbf ")
-    assert "training: 100%" in result.stderr
+    lines = run_quick("detr_v2", tmp_path)
     rows = [line for line in lines if line.strip().startswith("IoU ≥ ")]
     assert len(rows) == 2
     assert all(row.endswith(("gain", "LOSS")) for row in rows)

@@ -1,9 +1,5 @@
 """The domain generalization example: its data and loss, and its quick form, run as a user runs it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,14 +7,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import fastbf
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "domain_generalization.py"
+from tests.examples import imported, run_quick
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    return pytest.importorskip("domain_generalization")
+    return imported("domain_generalization", monkeypatch)
 
 
 def test_domains(example):
@@ -64,15 +58,7 @@ def test_stripped_net_predicts_the_same(example):
 
 
 def test_quick(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("fastbf ")
+    lines = run_quick("domain_generalization", tmp_path)
     for name in (*(f"{angle} degrees" for angle in (0, 15, 30, 45, 60, 75)), "mean of the six"):
         (row,) = [line for line in lines if line.startswith(f"  {name}  ")]
         assert row.endswith(("gain", "LOSS"))

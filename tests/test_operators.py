@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import fastbf
-from fastbf import backend, chunked_attention, classifier, distributed, functional, ops
+from fastbf import attention_across_ranks, backend, classifier, distributed, functional, ops
 from fastbf.classifier import Head
 from fastbf.encoder_call import NO_BATCH, Layer, Saved, kept
 from fastbf.encoder_weights import Factors, cast_factors
@@ -116,7 +116,7 @@ def test_every_operator_is_checked():
     across_ranks = {"_gather", "_scatter_sum", "_confirmed"}  # these and those below: tests/test_distributed.py
     across_ranks |= {name for name in names if "across_ranks" in name}
     assert names - across_ranks == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
-    owners = distributed, chunked_attention, ops
+    owners = distributed, attention_across_ranks, ops
     assert all(any(hasattr(owner, name) for owner in owners) for name in names)
 
 

@@ -1,10 +1,5 @@
 """The example of sample relations: in its quick form, run as a user runs it, and its parts."""
 
-import importlib
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,26 +7,18 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fastbf
+from tests.examples import imported, run_quick
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("relations")
+    return imported("relations", monkeypatch)
 
 
 def test_quick_run(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "relations.py", "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_quick("relations", tmp_path)
     assert lines[2].startswith("backend of BatchFormer  torch: ")
     for title, names in (
         ("attention", ["to the own class, all", "to the own class, many", "to the own class, medium",

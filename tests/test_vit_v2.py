@@ -1,24 +1,18 @@
 """The example of BatchFormerV2 in a ViT: in its quick form, run as a user runs it, and its parts."""
 
 import copy
-import importlib
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fastbf
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples import imported, run_quick
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("vit_v2")
+    return imported("vit_v2", monkeypatch)
 
 
 @pytest.fixture
@@ -39,14 +33,7 @@ class StandIn(nn.Module):
 
 
 def test_quick_run(tmp_path):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "vit_v2.py", "--quick", "--device", "cpu", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_quick("vit_v2", tmp_path)
     assert lines[2].startswith("backend of BatchFormer  torch: ")
     title = next(i for i, line in enumerate(lines) if line.split()[:2] == ["training", "images"])
     row = lines[title + 1].split()

@@ -1,0 +1,144 @@
+"""The torch backend's attention to keys and values that other ranks send in parts (``fastbf/exchange.py``).
+
+An autograd Function that holds neither all ranks' keys nor anything of size N × M, and draws its dropout decisions
+again in backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastbf import exchange, gemm
+from fastbf.chunked_attention import AttentionTiles, batched
+from fastbf.chunks import compute_dtype
+from fastbf.context import no_autocast
+from fastbf.once import once_differentiable
+from fastbf.process_groups import BATCH, Batch, confirm
+from fastbf.registered import COMMUNICATES, operator
+
+
+class _AcrossRanks(Function):
+    """Attention to keys and values that other ranks send. Saves q, this rank's keys and values, the result, its
+    log-sum-exp and the seed.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, batch: Batch) -> Tensor:
+        o, lse = _across_ranks_forward(q, kv, seed, scale, p, *batch)
+        ctx.save_for_backward(q, kv, o, lse, seed)
+        ctx.scale, ctx.p, ctx.batch = scale, p, batch
+        return o
+
+    @staticmethod
+    @once_differentiable("attention across ranks cannot be differentiated twice")
+    def backward(ctx, do: Tensor):
+        with no_autocast(do):
+            dq, d_kv = _across_ranks_backward(do, *ctx.saved_tensors, ctx.scale, ctx.p, *ctx.batch)
+        return dq, d_kv, None, None, None, None
+
+
+def _across_ranks_results(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@operator(
+    f"(Tensor q, Tensor kv, Tensor? seed, float scale, float p, {BATCH}) -> (Tensor, Tensor)",
+    _across_ranks_results,
+    COMMUNICATES,
+)
+def _across_ranks_forward(
+    q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, *batch: object
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
+    batch = Batch(*batch)
+    confirm(batch)
+    o, lse = results = _across_ranks_results(q)
+    exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, o, lse, batch)
+    return results
+
+
+def _across_ranks_gradients(do: Tensor, q: Tensor, kv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv))
+
+
+@operator(
+    "(Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor? seed, float scale, float p,"
+    f" {BATCH}) -> (Tensor, Tensor)",
+    _across_ranks_gradients,
+    COMMUNICATES,
+)
+def _across_ranks_backward(
+    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, p: float,
+    *batch: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq and the gradient of kv."""
+    dq, d_kv = results = _across_ranks_gradients(do, q, kv)
+    part = partial(_backward_part, seed=seed, scale=scale, p=p)
+    exchange.backward(part, do, q, kv, o, lse, dq, d_kv, Batch(*batch))
+    return results
+
+
+def _forward_part(
+    q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
+    origin: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys, at their positions."""
+    q, o, lse = _at(k, origin, q, o, lse=lse)
+    total = torch.empty(batched(q).shape, dtype=lse.dtype, device=q.device)
+    for tile in AttentionTiles(q, k, v, seed, scale, p, origin):
+        scores = tile.scores()
+        of_rows = torch.logsumexp(scores, dim=-1)
+        lse[tile.group, tile.row] = of_rows / math.log(2)
+        total[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
+    _unbatch(total, o)
+
+
+def _backward_part(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
+    p: float, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Writes the gradients of some keys' part in attention, at their positions; o and lse are those of all keys."""
+    do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
+    g, o = (batched(t).to(lse.dtype) for t in (do, o))
+    gq, gk, gv = (torch.zeros(batched(t).shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
+    delta = (g * o).sum(-1, keepdim=True)
+    for tile in AttentionTiles(q, k, v, seed, scale, p, origin):
+        at = tile.group, tile.row
+        weights = (tile.scores() - lse[at][..., None] * math.log(2)).exp_()
+        d_weights = tile.dropped(gemm.bmm(g[at], tile.v.mT))
+        d_scores = d_weights.sub_(delta[at]).mul_(weights)
+        gq[at] = gemm.bmm(d_scores, tile.k).mul_(scale)
+        gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
+        gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
+    for total, out in ((gq, dq), (gk, dk), (gv, dv)):
+        _unbatch(total, out)
+
+
+def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
+    """The positions that k (M, l, H, D) has, of tensors (N, L, H, D) and lse (L · H, N)."""
+    (_, positions, heads, _), first = k.shape, origin[0]
+    yield from (t[:, first // heads : first // heads + positions] for t in tensors)
+    yield lse[first : first + positions * heads]
+
+
+def _unbatch(x: Tensor, out: Tensor) -> None:
+    """(G, N, D) → out (N, …, H, D), of any strides."""
+    out.copy_(x.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
+
+
+def attention(
+    q: Tensor, kv: Tensor, *, scale: float, p: float, seed: Tensor | None, batch: Batch
+) -> Tensor:  # fmt: skip
+    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in parts; kv (N, L, 2C) is its own.
+
+    Returns q's shape.
+    """
+    with no_autocast(q):
+        return _AcrossRanks.apply(q, kv, seed, scale, p, batch)
