@@ -77,19 +77,24 @@ def _measure(arguments: argparse.Namespace) -> int:
     path = arguments.csv or RESULTS / file_name(arguments.command, where)
     print(f"{where.device}; torch {where.torch}, triton {where.triton}, commit {where.commit}, {where.date}")
     with tqdm(total=sum(map(len, groups)), disable=not sys.stderr.isatty(), leave=False) as bar:
-        records = measure(groups, plan, bar.set_description)
+        records, failed = measure(groups, plan, bar.set_description), []
         try:
-            show(_counted(write(path, where, records), bar), bar.write)
+            show(_counted(write(path, where, records), bar, failed), bar.write)
         except DeviceLost as error:
             print(f"\n{error}; what was measured is in {path}", file=sys.stderr)
             return 1
     print(f"\nwritten to {path}; python -m bench report makes tables and pictures of it")
-    return 0
+    if failed:
+        print(f"{len(failed)} measurements of fastbf failed, the first: {failed[0].note}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _counted(records: Iterator[Record], bar: tqdm) -> Iterator[Record]:
+def _counted(records: Iterator[Record], bar: tqdm, failed: list[Record]) -> Iterator[Record]:
+    """Moves the bar, and collects what failed of ours: a peer's failure is a row, ours is an error as well."""
     for record in records:
         bar.update()
+        if record.status == "failed" and record.provider.startswith("fastbf"):
+            failed.append(record)
         yield record
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch._functorch import config as functorch_config
 
 from bench import ceilings, timing
 from bench.ops import OPS, Problem, compulsory_bytes
@@ -138,7 +139,7 @@ def _prepare(cell: Cell, plan: Plan) -> _Ready:
         raise Unavailable(f"not the same computation: {wrong}")
     inputs = problem.inputs()
     # What is compiled may use up what it saved, but where backward is run again.
-    with torch._functorch.config.patch(donated_buffer=cell.mode != "backward"):
+    with functorch_config.patch(donated_buffer=cell.mode != "backward"):
         case = provider.case(problem, inputs)
         run, result_bytes = (captured if cell.capture == "graph" else timed)(case, cell.mode)
         run()

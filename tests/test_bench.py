@@ -1,13 +1,18 @@
 """The benchmarks count right, compare before they time, and report what they could not do."""
 
 import csv
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import __main__ as command_line
 from bench import counts, limits, pictures, records, report, runner, timing
 from bench.ops import MODES, OPS, Problem, compulsory_bytes
 from bench.providers import PROVIDERS, Case, Traits, Unavailable, differs, timed
@@ -143,6 +148,31 @@ class TestRunner:
         assert wrong.status == "skipped"
         assert "not the same computation" in wrong.note
         assert paper.status == "measured"
+
+    @pytest.mark.parametrize("command", ["step", "memory"])
+    def test_as_a_user_runs_it(self, command, tmp_path):
+        """In a process that has imported nothing else: ours and the paper's code are measured."""
+        rows = tmp_path / "rows.csv"
+        what = [command, "--workloads", "cifar100-lt", "--providers", "fastbf-torch", "paper", "--csv", str(rows)]
+        what += ["--seconds", "0.02"] if command == "step" else []
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        result = subprocess.run(
+            [sys.executable, "-m", "bench", *what, "--device", "cpu"],
+            cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert [line.split(",").count("measured") for line in rows.read_text().splitlines()[1:]] == [1, 1]
+
+    def test_our_failure_is_an_error(self, monkeypatch, tmp_path):
+        def fail(*_):
+            raise RuntimeError("broken on purpose")
+
+        monkeypatch.setattr("bench.runner.timed", fail)
+        monkeypatch.setattr(command_line.triton.knobs.runtime, "interpret", False)
+        what = ["--workloads", "cifar100-lt", "--seconds", "0.02", "--device", "cpu", "--csv", str(tmp_path / "r.csv")]
+        for provider, status in (("paper", 0), ("fastbf-torch", 1)):
+            arguments = command_line._parser().parse_args(["step", *what, "--providers", provider])
+            assert arguments.run(arguments) == status
 
     @pytest.mark.parametrize(
         ("error", "note"), [(torch.OutOfMemoryError("9 GiB"), "out of memory"), (KeyError("head 7"), "head 7")]
