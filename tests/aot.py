@@ -1,8 +1,8 @@
 """``python -m tests.aot``: compiles every kernel at every committed configuration, without a GPU.
 
 Checks what the machine code says of itself: no spilled register, shared memory within what the device allows a program,
-tensor-core instructions, wide loads and assertions where they are meant. Prints a table; the exit status is 0 if all is
-well.
+tensor-core instructions, wide loads and assertions where they are meant. Checks in the PTX that no asynchronous copy or
+product is left unguarded (:mod:`tests.ptx.unguarded`). Prints a table; the exit status is 0 if all is well.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from fastbf.kernels.limits import KIB
 from tests.aot_jobs import KERNELS, Job, jobs
+from tests.ptx.unguarded import faults
 
 #: Shared memory a program may use, in KiB, by compute capability (CUDA C++ programming guide).
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227}
 
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA)")
+#: Iterations of a loop over tiles that are followed where a walk cannot close it: of three buffers, two barriers with
+#: two phases each, all that there is of the loop and one more.
+ITERATIONS = (1, 2, 3, 4, 5, 6, 7, 13)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -39,28 +43,14 @@ class Result(NamedTuple):
     shared: int  #: bytes a program
     tensor_core: int  #: instructions
     missing: str = ""  #: what is not in it and should be
+    unguarded: tuple[str, ...] = ()  #: asynchronous work that may meet what it must not
     error: str = ""
 
 
 def build(job: Job) -> Result:
-    """Compiles one kernel and reads its machine code."""
-    function = KERNELS[job.kernel]
-    signature, pointers = {}, {}
-    for i, p in enumerate(function.params):
-        if p.is_constexpr:
-            signature[p.name] = "constexpr"
-        elif p.name in job.elements:
-            signature[p.name] = "*" + job.elements[p.name]
-            pointers[i,] = [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = p.annotation_type
-    constants = {name: value for name, value in job.constants.items() if name in signature}
+    """Compiles one kernel and reads its PTX and its machine code."""
     try:
-        compiled = triton.compile(
-            ASTSource(function, signature, constants, pointers),
-            target=GPUTarget("cuda", job.capability, 32),
-            options=job.options,
-        )
+        compiled = compiled_kernel(job)
     except Exception as error:
         return Result(0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:300])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -76,6 +66,34 @@ def build(job: Job) -> Result:
         compiled.metadata.shared,
         sum(bool(TENSOR_CORE.match(op)) for op in opcodes),
         ", ".join(text for text in job.meant if text not in code),
+        tuple(faults(compiled.asm["ptx"], lengths(job))),
+    )
+
+
+def compiled_kernel(job: Job) -> CompiledKernel:
+    """What Triton makes of a kernel."""
+    function = KERNELS[job.kernel]
+    signature, pointers = {}, {}
+    for i, p in enumerate(function.params):
+        if p.is_constexpr:
+            signature[p.name] = "constexpr"
+        elif p.name in job.elements:
+            signature[p.name] = "*" + job.elements[p.name]
+            pointers[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = p.annotation_type
+    constants = {name: value for name, value in job.constants.items() if name in signature}
+    return triton.compile(
+        ASTSource(function, signature, constants, pointers),
+        target=GPUTarget("cuda", job.capability, 32),
+        options=job.options,
+    )
+
+
+def lengths(job: Job) -> list[int]:
+    """Numbers of queries and keys with which the loops over tiles take ``ITERATIONS``."""
+    return sorted(
+        {count * job.constants[side] for side in ("BM", "BN") if side in job.constants for count in ITERATIONS}
     )
 
 
@@ -95,6 +113,8 @@ def fault(job: Job, result: Result) -> str:
         return f"has {result.tensor_core} tensor-core instructions"
     if result.missing:
         return f"has no {result.missing}"
+    if result.unguarded:
+        return f"leaves asynchronous work unguarded in {len(result.unguarded)} places: {result.unguarded[0]}"
     return ""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
-from fastbf.kernels.attention_configs import TABLE, key_value_passes
+from fastbf.kernels.attention_configs import TABLE, Config, key_value_passes
 from fastbf.kernels.cross_entropy import REGISTERS, alignment, class_tile
 from fastbf.kernels.rng import KEEP_BITS, KEEP_HALVES
 from fastbf.kernels.rows import ACTIVATION_TILE, norm_tile
@@ -77,22 +77,28 @@ def _attention_jobs(full: bool) -> Iterator[Job]:
             ways = [(head_dim, KEEP_BITS.value), (head_dim - 8, KEEP_HALVES.value)]
             pairs = list(itertools.product(kinds, ways)) if full else list(zip(kinds, ways, strict=True))
             for config, capability, (kind, way) in itertools.product(configs, USERS[architecture], pairs):
-                for needs in key_value_passes(config) if kernel == "backward_key_value" else [(True, True)]:
-                    (dtype, precision), (size, keep) = kind, way
-                    constants = {
-                        "D": size, "BM": config.block_m, "BN": config.block_n, "BD": config.block_d, "KEEP": keep,
-                        "PRECISION": precision, "RELOAD": config.reload,
-                        "NEEDS_DQ": True, "NEEDS_DK": needs[0], "NEEDS_DV": needs[1],
-                    }  # fmt: skip
-                    tiles = "{}x{}x{}, {} warps, {}".format(*config) + ", reload" * config.reload
-                    label = f"{dtype} {precision}" if dtype == "fp32" else dtype
-                    elements = _elements(kernel, dtype)
-                    if dtype == "fp16":
-                        elements |= dict.fromkeys(SUMMED_POINTERS.get(kernel, ()), "fp32")
-                    yield Job(
-                        kernel, label, size, keep, capability, tiles, elements, constants,
-                        {"num_warps": config.num_warps, "num_stages": config.num_stages}, precision == "tf32",
-                    )  # fmt: skip
+                yield from attention_jobs(kernel, config, *kind, *way, capability)
+
+
+def attention_jobs(
+    kernel: str, config: Config, dtype: str, precision: str, head_dim: int, keep: int, capability: int
+) -> Iterator[Job]:
+    """What one configuration of an attention kernel is compiled to: a job for each launch that it takes."""
+    for needs in key_value_passes(config) if kernel == "backward_key_value" else [(True, True)]:
+        constants = {
+            "D": head_dim, "BM": config.block_m, "BN": config.block_n, "BD": config.block_d, "KEEP": keep,
+            "PRECISION": precision, "RELOAD": config.reload,
+            "NEEDS_DQ": True, "NEEDS_DK": needs[0], "NEEDS_DV": needs[1],
+        }  # fmt: skip
+        tiles = "{}x{}x{}, {} warps, {}".format(*config) + ", reload" * config.reload
+        label = f"{dtype} {precision}" if dtype == "fp32" else dtype
+        elements = _elements(kernel, dtype)
+        if dtype == "fp16":
+            elements |= dict.fromkeys(SUMMED_POINTERS.get(kernel, ()), "fp32")
+        yield Job(
+            kernel, label, head_dim, keep, capability, tiles, elements, constants,
+            {"num_warps": config.num_warps, "num_stages": config.num_stages}, precision == "tf32",
+        )  # fmt: skip
 
 
 WIDTHS = (32, 256, 512, 1024, 2048, 4096, 8192)
