@@ -4,10 +4,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# The Triton of the oldest torch that is supported, beside the pinned one.
+# Beside the pinned Triton, that of the oldest torch that is supported, and the newest.
 OLD_TRITON := $(VENV)/triton-3.6.0
+NEW_TRITON := $(VENV)/triton-3.9.0
 
-.PHONY: demo test lint aot bench targets gpu report dist clean
+# Where the emulator of compiled kernels lies, a package named ptx, if it is there at all.
+EMULATOR ?= ../shared
+
+.PHONY: demo test lint aot emulate bench targets gpu report dist clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,12 +24,16 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-$(OLD_TRITON): $(READY)
-	$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+$(VENV)/triton-%: $(READY)
+	$(RUN) -m pip install --quiet --no-deps --target $@ triton==$*
 
-aot: $(READY) $(OLD_TRITON)
+aot: $(READY) $(OLD_TRITON) $(NEW_TRITON)
 	$(RUN) -m tests.aot
 	PYTHONPATH=$(OLD_TRITON) $(RUN) -m tests.aot --sm 80 86 90
+	PYTHONPATH=$(NEW_TRITON) $(RUN) -m tests.aot
+
+emulate: $(READY)
+	$(RUN) -m tests.emulate --emulator $(EMULATOR)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

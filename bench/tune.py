@@ -2,10 +2,11 @@
 
 Worker processes build candidates in order of their value and launch each once, on a small problem, as no length is
 compiled into a kernel; Triton's disk cache then holds what this process times, while they build the next. A candidate
-is out if it cannot be built, spills registers or computes something else than the table's present choice. That one is
-timed before and after the rest, and its lesser time counts: a disturbance of it must not look like a gain.
-``backward_query`` is timed alone, ``backward_key_value`` together with what computes delta for it, ``backward_query``
-without dq and at the table's choice: the same for every candidate, so that they rank as they would alone.
+is out if it cannot be built, spills registers, leaves asynchronous work unguarded, as its results may be right by luck,
+or computes something else than the table's present choice. That one is timed before and after the rest, and its lesser
+time counts: a disturbance of it must not look like a gain. ``backward_query`` is timed alone, ``backward_key_value``
+together with what computes delta for it, ``backward_query`` without dq and at the table's choice: the same for every
+candidate, so that they rank as they would alone.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,6 +33,8 @@ from bench.workloads import HEADS
 from fastbf.kernels import attention, launch
 from fastbf.kernels.attention_configs import Config
 from fastbf.kernels.limits import device_limits
+from tests.emulation import attention_tile
+from tests.ptx.unguarded import faults
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 TOLERANCES = {2: 2e-2, 4: 1e-3}  #: of the relative error in the Euclidean norm
@@ -55,14 +56,6 @@ class Result(NamedTuple):
     milliseconds: float | None  #: median
     note: str
     present: bool  #: the table's choice
-
-
-@contextmanager
-def _chosen(kernel: str, config: Config) -> Iterator[None]:
-    """The table says ``config`` for a kernel, and of the others what it says."""
-    table = attention.choose
-    with patch.object(attention, "choose", lambda name, q, m: config if name == kernel else table(name, q, m)):
-        yield
 
 
 def problem(case: Case, device: torch.device) -> tuple[Callable[[], None], list[Tensor]]:
@@ -92,15 +85,19 @@ def build(case: Case, config: Config) -> str:
     """In a worker: compiles and launches a candidate once. Why it is out; empty if it is not."""
     launch._compiled.clear()
     try:
-        with _chosen(case.kernel, config):
+        with attention_tile(case.kernel, config):
             problem(case, _device())[0]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:  # whatever Triton, a compiler or the driver raises
         return _first_line(error)
     built = [compiled for (function, *_), (compiled, _) in launch._compiled.items() if function.__name__ == case.kernel]
-    spills = max((compiled.n_spills for compiled in built), default=0)
-    return f"spills {spills} registers" if spills else ""
+    for compiled in built:
+        if compiled.n_spills:
+            return f"spills {compiled.n_spills} registers"
+        if unguarded := faults(compiled.asm["ptx"], config[:2]):
+            return f"leaves asynchronous work unguarded: {unguarded[0]}"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
@@ -113,14 +110,14 @@ class Trial:
     def __init__(self, case: Case, present: Config) -> None:
         self.case, self.device = case, _device()
         self.run, self.written = problem(case, self.device)
-        with _chosen(case.kernel, present):
+        with attention_tile(case.kernel, present):
             self.run()
         self.expected = [t.clone() for t in self.written]
 
     def milliseconds(self, config: Config, seconds: float) -> float:
         for t in self.written:
             t.fill_(math.nan)
-        with _chosen(self.case.kernel, config):
+        with attention_tile(self.case.kernel, config):
             self.run()
             worst = max(relative_error(*pair) for pair in zip(self.written, self.expected, strict=True))
             if not worst <= TOLERANCES[self.case.itemsize]:

@@ -83,7 +83,10 @@ def add_norm_forward(
 
 @triton.jit
 def _add_to(p_total, x, columns, first, C: tl.constexpr):
-    """Adds a row x [1, BC] to what stands in memory, or writes it if it is the first."""
+    """Adds a row x [1, BC] to what stands in memory, or writes it if it is the first.
+
+    A thread may load what another one stored: between one call for a place and the next there must be a barrier.
+    """
     mask = (columns < C)[None, :]
     p_total += columns[None, :]
     x += tl.load(p_total, mask=mask & (first == 0), other=0.0)
@@ -118,6 +121,8 @@ def add_norm_backward(
         weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     # Nothing moved out of the loop: what was would fill the registers and be spilled.
     for start in tl.range(program * BM, rows, tl.num_programs(0) * BM, disable_licm=True):
+        if PARTIALS and not IN_REGISTERS:
+            tl.debug_barrier()  # the sums of the row before are in memory
         index = start + tl.arange(0, BM)
         outer, sample, position = place(index, inner, position_major, first)
         mask = (index < rows)[:, None] & (columns < C)[None, :]

@@ -29,9 +29,6 @@ from tests.ptx.unguarded import faults
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227}
 
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTC\w*MMA)")
-#: Iterations of a loop over tiles that are followed where a walk cannot close it: of three buffers, two barriers with
-#: two phases each, all that there is of the loop and one more.
-ITERATIONS = (1, 2, 3, 4, 5, 6, 7, 13)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -66,7 +63,7 @@ def build(job: Job) -> Result:
         compiled.metadata.shared,
         sum(bool(TENSOR_CORE.match(op)) for op in opcodes),
         ", ".join(text for text in job.meant if text not in code),
-        tuple(faults(compiled.asm["ptx"], lengths(job))),
+        tuple(faults(compiled.asm["ptx"], job.sides)),
     )
 
 
@@ -87,13 +84,6 @@ def compiled_kernel(job: Job) -> CompiledKernel:
         ASTSource(function, signature, constants, pointers),
         target=GPUTarget("cuda", job.capability, 32),
         options=job.options,
-    )
-
-
-def lengths(job: Job) -> list[int]:
-    """Numbers of queries and keys with which the loops over tiles take ``ITERATIONS``."""
-    return sorted(
-        {count * job.constants[side] for side in ("BM", "BN") if side in job.constants for count in ITERATIONS}
     )
 
 

@@ -46,6 +46,11 @@ class Job(NamedTuple):
     tensor_cores: bool  #: whether their instructions are meant to be there
     meant: tuple[str, ...] = ()  #: what else is meant to be in the machine code
 
+    @property
+    def sides(self) -> list[int]:
+        """Rows and columns of a tile."""
+        return [self.constants[side] for side in ("BM", "BN", "BC") if side in self.constants]
+
 
 #: What attention writes in fp32 where ranks share a batch: what is summed over chunks or ranks.
 SUMMED_POINTERS = {

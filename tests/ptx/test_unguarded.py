@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,9 +40,9 @@ WGMMA = (
 WAIT, WAIT_1 = "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;"
 
 
-def found(*body: str, length=None) -> list[str]:
+def found(*body: str, tile=None) -> list[str]:
     text = HEADER + "\n".join(body) + "\nret;\n}\n"
-    return faults(text, () if length is None else (length,))
+    return faults(text, () if tile is None else (tile,))
 
 
 def loop(*body: str) -> tuple[str, ...]:
@@ -172,12 +174,12 @@ AWAIT = (
 
 def test_products_that_arrive_at_a_barrier():
     begun = (COPY, ARRIVE, BARRIER, *MMA, SIGNAL)
-    assert any("overwrites what tcgen05" in fault for fault in found(*begun, COPY, length=64))
-    assert not found(*begun, AWAIT.format(0), COPY, length=64)
-    assert found(*begun, AWAIT.format(1), COPY, length=64)  # the phase before
+    assert any("overwrites what tcgen05" in fault for fault in found(*begun, COPY, tile=64))
+    assert not found(*begun, AWAIT.format(0), COPY, tile=64)
+    assert found(*begun, AWAIT.format(1), COPY, tile=64)  # the phase before
     second = (*begun, AWAIT.format(0), *MMA, SIGNAL)
-    assert found(*second, AWAIT.format(0), COPY, length=64)
-    assert not found(*second, AWAIT.format(1), COPY, length=64)
+    assert found(*second, AWAIT.format(0), COPY, tile=64)
+    assert not found(*second, AWAIT.format(1), COPY, tile=64)
 
 
 COMPILE = """
@@ -190,7 +192,7 @@ from tests.ptx.unguarded import faults
 for tile, *rest in json.loads(sys.argv[1]):
     kinds = set()
     for job in attention_jobs("backward_key_value", Config(*tile), *rest):
-        for fault in faults(aot.compiled_kernel(job).asm["ptx"], aot.lengths(job)):
+        for fault in faults(aot.compiled_kernel(job).asm["ptx"], job.sides):
             kinds |= {kind for kind in ("overwrites", "writes registers") if kind in fault}
     print(json.dumps(sorted(kinds)))
 """
@@ -207,11 +209,29 @@ TILES = [
 ]
 
 
-def test_what_triton_compiles():
-    """In a process of its own, as kernels of this one may be interpreted."""
-    jobs = [(tile, dtype, "tf32", head_dim, 1, 90) for tile, dtype, head_dim, _ in TILES]
+def compiling(*arguments: str) -> list[str]:
+    """Lines that Python prints in a process of its own, as kernels of this one may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(jobs)]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert [json.loads(line) for line in run.stdout.splitlines()] == [expected for *_, expected in TILES]
+    return run.stdout.splitlines()
+
+
+def test_what_triton_compiles():
+    jobs = [(tile, dtype, "tf32", head_dim, 1, 90) for tile, dtype, head_dim, _ in TILES]
+    lines = compiling("-c", COMPILE, json.dumps(jobs))
+    assert [json.loads(line) for line in lines] == [expected for *_, expected in TILES]
+
+
+def test_the_report_for_triton(tmp_path):
+    """Its kernel is compiled to what it says, by the version that it shows."""
+    report = (Path(__file__).parents[2] / "docs" / "triton-wgmma.md").read_text(encoding="utf-8")
+    script, ptx, code = re.findall(r"```(?:python)?\n(.+?)```", report, flags=re.DOTALL)[:3]
+    (tmp_path / "report.py").write_text(script, encoding="utf-8")
+    version, *lines = compiling(str(tmp_path / "report.py"))
+    if version != "triton 3.7.1":
+        pytest.skip(f"shows what Triton 3.7.1 does, not {version}")
+    assert set(code.splitlines()) <= set(lines)
+    shown = [re.split(r"…|;  ", line)[0].rstrip(";") for line in ptx.splitlines()]
+    assert all(any(line.startswith(start) for line in lines) for start in shown)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx.text import Instruction
-from tests.ptx.values import constant, evaluate, literal, special
+from tests.ptx.values import constant, evaluate, literal, parts, special
 
 MINUS = (1 << 32) - 1
 
@@ -58,6 +58,8 @@ def result(opcode, *sources, threads=64):
         ("cvt.u32.u64", ((1 << 40) + 7,), 7),
         ("lop3.b32", (0b1100, 0b1010, 0b0110, 0x96), 0b1100 ^ 0b1010 ^ 0b0110),
         ("mov.b64", (7,), 7),
+        ("mov.b64", (7, 1), (1 << 32) + 7),
+        ("mov.b32", (7, 1), (1 << 16) + 7),
         ("add.s32", (None, 2), None),
         ("mul.f32", (1, 2), None),
         ("elect.sync", (MINUS,), None),
@@ -72,6 +74,12 @@ def test_threads_have_numbers_of_their_own():
     assert result("shl.b32", tid, 2) == [4 * t for t in range(64)]
     assert result("shfl.sync.idx.b32", tid, 0, 31, MINUS) == [t // 32 * 32 for t in range(64)]
     assert special("%ctaid.x", 64) is None
+
+
+def test_a_number_is_taken_apart():
+    move = Instruction("mov.b64", ["{%r1, %r2}"], "", False, 0, "")
+    assert [int(part[0]) for part in parts(constant((3 << 32) + 4), 2, move)] == [4, 3]
+    assert parts(None, 2, move) == [None, None]
 
 
 @pytest.mark.parametrize(

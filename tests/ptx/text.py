@@ -68,6 +68,11 @@ def registers(operand: str) -> list[str]:
     return _REGISTER.findall(operand)
 
 
+def elements(operands: list[str]) -> list[str]:
+    """Operands, a vector's elements one by one."""
+    return [element for operand in operands for element in _split(operand.strip("{} "))]
+
+
 def parse(text: str) -> Program:
     """Reads what Triton gives as ``asm["ptx"]``."""
     lines = text.splitlines()

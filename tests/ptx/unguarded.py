@@ -31,13 +31,15 @@ import numpy as np
 
 from tests.ptx.pending import Pending, Product
 from tests.ptx.regions import EVERYWHERE, Operand, operand, region
-from tests.ptx.text import Instruction, Program, parse, registers
-from tests.ptx.values import Value, constant, evaluate, literal, special
+from tests.ptx.text import Instruction, Program, elements, parse, registers
+from tests.ptx.values import Value, constant, evaluate, literal, parts, special
 
 #: States in which one place is reached: with so many, numbers that vary among them are taken for unknown.
 MANY = 64
 #: States in all: a kernel with more is refused.
 TOO_MANY = 20_000
+#: All that there is of a loop with three buffers and two barriers of two phases each, and one more.
+ITERATIONS = (1, 2, 3, 4, 5, 6, 7, 13)
 WARP_GROUP = 128  #: threads
 
 Numbers = dict[str, Value]
@@ -55,17 +57,19 @@ _ORDER = (
 )  # fmt: skip
 
 
-def faults(ptx: str, lengths: Iterable[int] = ()) -> list[str]:
+def faults(ptx: str, tiles: Iterable[int]) -> list[str]:
     """What is wrong, a sentence each.
 
     Args:
         ptx: what Triton gives as ``asm["ptx"]``.
-        lengths: followed one by one where there are products of tcgen05: what all 32-bit arguments are.
+        tiles: rows and columns of the tiles that loops walk over; where there are products of tcgen05 the lengths that
+            make for ``ITERATIONS`` of them are followed one by one, as values of all 32-bit arguments.
     """
     if not re.search(r"cp\.async|wgmma|tcgen05\.mma", ptx):
         return []
     program = parse(ptx)
     found: Found = {}
+    lengths = sorted({count * tile for count in ITERATIONS for tile in tiles})
     for length in lengths if _TCGEN05 in ptx else (None,):
         found |= _Walk(program, length).run()
     return [found[key] for key in sorted(found)]
@@ -228,12 +232,15 @@ class _Walk:
     # ---- numbers
 
     def _compute(self, i: Instruction, numbers: Numbers, holds: bool | None) -> None:
-        value = None
+        written = registers(i.operands[0])
         if _is(i, "ld.param.b32", "ld.param.u32", "ld.param.s32"):
-            value = None if self.length is None else constant(self.length)
-        elif len(i.writes) == 1:
-            value = evaluate(i, [self._value(o, numbers) for o in i.operands[1:]], self.threads)
-        for register in i.writes & self.numbers:
+            values = [None if self.length is None else constant(self.length)]
+        elif len(written) == 1 or _is(i, "mov"):
+            value = evaluate(i, [self._value(o, numbers) for o in elements(i.operands[1:])], self.threads)
+            values = [value] if len(written) == 1 else parts(value, len(written), i)
+        else:
+            values = [None] * len(written)
+        for register, value in zip(written, values, strict=True):
             before = numbers.get(register)
             if value is None or (holds is None and (before is None or before.tobytes() != value.tobytes())):
                 numbers.pop(register, None)

@@ -6,6 +6,7 @@ memory, from a kernel's arguments, or by an instruction that is not listed here.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -88,7 +89,7 @@ _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def evaluate(instruction: Instruction, sources: list[Value], threads: int) -> Value:
-    """The result, if it follows from what is known of the operands after the first."""
+    """The result, if it follows from what is known of the operands after the first; a vector's elements one by one."""
     name, *_, kind = instruction.parts
     mods = instruction.parts
     bits = bits_of(kind)
@@ -105,9 +106,15 @@ def evaluate(instruction: Instruction, sources: list[Value], threads: int) -> Va
         return _known(name, mods, kind, bits, sources, threads)
 
 
+def parts(value: Value, count: int, instruction: Instruction) -> list[Value]:
+    """What ``count`` registers get of a mov into all of them, the lowest bits first."""
+    bits = bits_of(instruction.parts[-1]) // count
+    return [None if value is None else _cut(value >> U64(i * bits), bits) for i in range(count)]
+
+
 def _known(name: str, mods: list[str], kind: str, bits: int, s: list[np.ndarray], threads: int) -> Value:
     if name in ("mov", "cvta"):
-        return s[0] if len(s) == 1 else None
+        return functools.reduce(np.bitwise_or, (x << U64(i * bits // len(s)) for i, x in enumerate(s)))
     if name == "cvt":
         to, source = mods[-2], mods[-1]
         if source[0] not in "us" or to[0] not in "usb":
