@@ -6,13 +6,13 @@ from setuptools import setup
 
 here = Path(__file__).parent
 version = {}
-exec((here / "fastbf" / "version.py").read_text(), version)
+exec((here / "fastbf" / "version.py").read_text(encoding="utf-8"), version)
 
 setup(
     name="fastbf",
     version=version["__version__"],
     description="BatchFormer (CVPR 2022) at speed: batch-axis attention and the shared classifier for PyTorch",
-    long_description=(here / "README.md").read_text(),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -25,6 +25,7 @@ setup(
         "demo": ["matplotlib", "scikit-learn", "tqdm"],
         "bench": ["matplotlib", "pytest", "pytest-benchmark", "tqdm"],
         "test": [
+            "expecttest",
             "numpy",
             "pytest",
             "pytest-benchmark",

@@ -46,14 +46,15 @@ part() {
 }
 
 # measure NAME LIMIT FILE ARGUMENTS...: a part of python -m bench, a process of its own, as a failure may cost it the
-# device; its rows are added to FILE.
+# device; its rows are added to FILE. They go to a file that is not there before, for then they are in it as soon as they
+# are measured, however the process ends; what is there would stay until all of them are.
 measure() {
     local name=$1 limit=$2 file=$out/$3.csv
     shift 3
+    rm -f "$work/rows.csv"
     part "$name" "$limit" "$python" -m bench "$@" --csv "$work/rows.csv"
     [[ -s $work/rows.csv ]] || return
     if [[ -s $file ]]; then tail -n +2 "$work/rows.csv" >>"$file"; else cp "$work/rows.csv" "$file"; fi
-    rm "$work/rows.csv"
 }
 
 tests() { "$python" -m pytest "$@" >"$out/tests.txt" 2>&1; }

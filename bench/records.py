@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import datetime
 import hashlib
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
@@ -64,8 +67,10 @@ class Record(NamedTuple):
     share: float | None  #: of the median, what the ceilings allow at best
 
 
+COLUMNS = (*Environment._fields, *Record._fields)
 _NUMBERS = {name for name, kind in get_type_hints(Record).items() if kind is not str}
 Row = dict[str, object]
+Put = Callable[[Iterable[object]], None]  #: writes a row
 
 
 def _driver() -> str:
@@ -101,7 +106,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def file_name(command: str, where: Environment) -> str:
-    """One for each command and device: a later run replaces it."""
+    """One for each command and device: a later run replaces it once it is complete."""
     return f"{command}-{slug(where.device)}.csv"
 
 
@@ -110,16 +115,45 @@ def slug(device: str) -> str:
     return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write(path: Path, where: Environment, records: Iterable[Record]) -> Iterator[Record]:
-    """Passes the records on, each one written to the file first, so that a run cut short leaves what it had."""
+@contextmanager
+def output(path: Path, columns: Iterable[str]) -> Iterator[Put]:
+    """Writes a CSV file, each row at once, so that a run cut short leaves what it had, and says where that lies.
+
+    Where an earlier run's file is, rows go to one beside it, which takes its place when it is complete: until then the
+    earlier rows are all there are. The name is this process's own, as what an earlier run left there may be all it had.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([*Environment._fields, *Record._fields])
-        for record in records:
-            rows.writerow([*where, *(_short(value) for value in record)])
-            file.flush()
-            yield record
+    earlier = path.resolve() if path.is_file() else None  # a link stays one; /dev/null is written to
+    new = earlier.with_name(f"{path.name}.{os.getpid()}.partial") if earlier else path
+    measured = False
+    try:
+        # A message may hold what UTF-8 cannot, a path's undecodable bytes for one.
+        with new.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            rows = csv.writer(file)
+
+            def put(row: Iterable[object]) -> None:
+                nonlocal measured
+                measured = True
+                rows.writerow(row)
+                file.flush()
+
+            rows.writerow(columns)
+            yield put
+    except BaseException:
+        if not measured and new.is_file():
+            new.unlink()
+        what = f"what was measured is in {new}" if measured else "nothing was measured"
+        print(f"\nnot finished: {what}", file=sys.stderr)
+        raise
+    if earlier:
+        os.replace(new, earlier)
+
+
+def write(put: Put, where: Environment, records: Iterable[Record]) -> Iterator[Record]:
+    """Passes the records on, each one written first."""
+    for record in records:
+        put([*where, *(_short(value) for value in record)])
+        yield record
 
 
 def _short(value: object) -> object:
@@ -130,7 +164,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
     """Every row of the files, numbers as numbers and empty ones None, and the file as ``run``."""
     rows = []
     for path in paths:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 numbers = {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
                 rows.append({**numbers, "run": path.name})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -14,25 +15,40 @@ from bench.providers import OURS
 from bench.records import Row, read
 
 OUR_NAMES = tuple(p.name for p in OURS)
+_UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  #: what is read is written, byte for byte
 
 
 def make(paths: Iterable[Path], readme: Path, folder: Path) -> list[Path]:
     """Fills the README's marked blocks and draws the pictures; returns what was written.
 
     A block stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is step, loss or another op,
-    memory, host or pictures. What was not measured is not mentioned.
+    memory, host or pictures. What was not measured is not mentioned. The README is UTF-8 whatever the locale says.
     """
     rows = [r for r in read(paths) if "op" in r]  # tuning has other columns
     drawn = pictures.draw(rows, folder)
-    text = readme.read_text()
+    with readme.open(**_UTF8) as file:
+        text = file.read()
 
     def fill(match: re.Match) -> str:
         block = _block(match["name"], rows, [os.path.relpath(path, readme.parent) for path in drawn])
-        return f"<!-- bench:{match['name']} -->\n\n{block}\n\n<!-- /bench:{match['name']} -->"
+        filled = f"<!-- bench:{match['name']} -->\n\n{block}\n\n<!-- /bench:{match['name']} -->"
+        return filled.replace("\n", match["newline"])
 
-    pattern = re.compile(r"<!-- bench:(?P<name>\w+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
-    readme.write_text(pattern.sub(fill, text))
+    pattern = re.compile(r"<!-- bench:(?P<name>\w+) -->(?P<newline>\r?\n).*?<!-- /bench:(?P=name) -->", re.DOTALL)
+    _rewrite(readme.resolve(), pattern.sub(fill, text))
     return [readme, *drawn]
+
+
+def _rewrite(path: Path, text: str) -> None:
+    """Through a file beside it that takes its place, so that the text is there at any time, the old or the new."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with new.open("w", **_UTF8) as file:
+            file.write(text)
+        shutil.copymode(path, new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _block(name: str, rows: list[Row], drawn: list[str]) -> str:

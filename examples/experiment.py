@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import platform
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -36,9 +38,13 @@ def arguments(
 ) -> argparse.Namespace:
     """``--out``, ``--seeds``, ``--device`` and ``--quick``; ``device`` is a ``torch.device``, two seeds if quick.
 
+    Standard output shows from here on what its encoding lacks as escapes, instead of failing.
+
     Args:
         options: what else there is, as arguments of ``add_argument``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no ± is worth a run
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--seeds", type=int, default=seeds, help="at least 2")

@@ -316,7 +316,7 @@ def linear_cross_entropy(
     logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
     stats: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and each stream's loss and accuracy, anything without ``stats``."""
+    """The loss, and each stream's loss, accuracy and unadjusted accuracy, anything without ``stats``."""
     autocasts = autocast_dtype(input)
     compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
     rows = input.flatten(0, -2)

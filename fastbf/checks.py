@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 
+def either(name: str, value: object, alias: str, other: object) -> object:
+    """The one of two that was given, of an argument that has two names."""
+    if (value is None) == (other is None):
+        given = "both" if value is not None else "neither"
+        raise TypeError(f"{name} must be given, as {name} or as {alias}, got {given}")
+    return other if value is None else value
+
+
 def tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")

@@ -100,7 +100,7 @@ class _LinearCrossEntropy(Function):
         targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
         z = None
         loss = x.new_empty(rows, dtype=dtype)
-        correct = torch.empty(rows if count else 0, dtype=torch.bool, device=x.device)
+        correct = torch.empty(2, rows if count else 0, dtype=torch.bool, device=x.device)
         for r in [range(rows)] if keep else _products(x, num_classes):
             z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
             _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
@@ -154,15 +154,17 @@ def _losses(
     z: Tensor, rows: range, targets: _Targets, scale: float, logit_bias: Tensor | None, *, loss: Tensor,
     correct: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes the ``rows`` that the products z hold into the loss of every row, and into whether it is right."""
+    """Writes the ``rows`` that the products z hold into the loss of every row, and into whether it is right, with
+    logit_bias and without."""
     for part in _parts(rows, z):
-        logits = reference.class_logits(_within(z, rows, part).to(loss.dtype), scale, logit_bias)
+        unadjusted = reference.class_logits(_within(z, rows, part).to(loss.dtype), scale, None)
+        logits = reference.class_logits(unadjusted, 1.0, logit_bias)
         log_p = torch.log_softmax(logits, -1)
         for piece, t in targets.pieces(part):
             at = slice(part.start + piece.start, part.start + piece.stop)
             loss[at] = targets.loss(log_p[piece], t)
             if correct is not None:
-                correct[at] = reference.correct(logits[piece], t, targets.ignore_index)[0]
+                correct[:, at] = reference.correct(logits[piece], unadjusted[piece], t, targets.ignore_index)
 
 
 def _d_products(
@@ -243,8 +245,8 @@ def linear_cross_entropy_rows(
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row of logits = scale · (x Wᵀ + b) + logit_bias, and whether its largest logit is right.
 
-    x (M, C); target of N rows with M = N or 2N, the fork repeating it. Returns ((M,) in fp32 or fp64, (M,) bool, or
-    an empty tensor unless ``count_correct``).
+    x (M, C); target of N rows with M = N or 2N, the fork repeating it. Returns ((M,) in fp32 or fp64, (2, M) bool as
+    :func:`fastbf.reference.correct` gives, or an empty tensor unless ``count_correct``).
     """
     if logit_bias is not None:
         logit_bias = logit_bias.to(compute_dtype(x.dtype))

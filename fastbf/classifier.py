@@ -70,7 +70,7 @@ class Results(NamedTuple):
     """What forward gives, and leaves for backward."""
 
     loss: Tensor  #: (), or (M,) for "none"
-    stats: Tensor  #: fp32 (2, streams)
+    stats: Tensor  #: fp32 (3, streams): ``kernels.cross_entropy.STATS``
     total: Tensor  #: fp32 (1,): what a mean divides by
     x: Tensor | None  #: (M, C) in the products' dtype, unless x has it
     matrix: Tensor | None  #: (K, C): the classifier's weight likewise
@@ -87,7 +87,7 @@ def allocate(x: Tensor, matrix: Tensor, head: Head) -> Results:
     rows, num_classes = x.shape[0], matrix.shape[0]
     return Results(
         empty(*(rows,) if head.reduction == "none" else (), dtype=head.loss),
-        empty(2, head.streams),
+        empty(cross_entropy.STATS, head.streams),
         empty(1),
         empty(*x.shape, dtype=head.compute) if x.dtype != head.compute else None,
         empty(*matrix.shape, dtype=head.compute) if matrix.dtype != head.compute else None,

@@ -29,11 +29,13 @@ ACTIVATIONS = ("relu", "gelu")
 class LossStats(NamedTuple):
     """What a forked loss tells of its two streams; detached, on the device of the loss.
 
-    Shape (2,) each, the plain stream first, if the input was a fork, else (1,).
+    Shape (2,) each, the plain stream first, if the input was a fork, else (1,). The loss sees logits with
+    ``logit_bias``, which is what ``class_counts`` become; predictions are made without it.
     """
 
     loss: Tensor  #: mean loss of the stream's rows, weighted as reduction="mean" weighs them; NaN if all are ignored
-    accuracy: Tensor  #: share of the rows that count whose largest logit is the target's class
+    accuracy: Tensor  #: share of the rows that count whose largest logit, logit_bias included, is the target's class
+    unadjusted_accuracy: Tensor  #: likewise without logit_bias: the accuracy of predictions, the one to report
 
 
 def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tensor | None:
@@ -354,16 +356,16 @@ def linear_cross_entropy(
     logit_bias: Tensor | None = None,
     scale: float = 1.0,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of a linear classifier: logits = scale · (input · linear_weightᵀ + linear_bias) + logit_bias.
 
-    The names are those of ``torch.nn.functional.linear_cross_entropy`` (2.13) and ours: ``logit_bias``, ``scale``,
-    ``stats``. An input with twice as many rows as the target is a fork: its two halves, plain and mixed, share the
-    target, which is not copied.
+    The names are those of ``torch.nn.functional.linear_cross_entropy`` (2.13), but for its ``options``, and ours:
+    ``logit_bias``, ``scale``, ``stats``, ``backend``. An input with twice as many rows as the target is a fork: its two
+    halves, plain and mixed, share the target, which is not copied.
 
     Neither backend holds more of the logits (M, K) than it must; the shape decides how:
 
@@ -390,15 +392,15 @@ def linear_cross_entropy(
             off). Gets its gradient.
         scale: a number that multiplies the product (1/τ in a contrastive loss). A learned one: multiply the input.
         reduction: "mean" (over the rows that are not ignored, weighted, as ``F.cross_entropy``), "sum" or "none".
-        ignore_index: rows with this class index count nothing.
+        ignore_index: rows with this class index count nothing; None is -100.
         label_smoothing: in [0, 1].
-        stats: also return the loss and the accuracy of each stream, without waiting for the device.
+        stats: also return the loss of each stream and its accuracy, with logit_bias and without, without waiting for
+            the device.
         backend: see the module's docstring.
 
     Returns:
         The loss: a scalar, or (M, …) for "none", in the dtype that eager PyTorch gives without class
-            weights (fp32 under autocast); with ``stats``
-        the pair (loss, :class:`LossStats`). Accuracy is of the logits as defined above, logit_bias included.
+            weights (fp32 under autocast); with ``stats`` the pair (loss, :class:`LossStats`).
 
     Raises:
         TypeError: not tensors, not floating point, class indices that are not int64.
@@ -420,7 +422,8 @@ def linear_cross_entropy(
     if autocast_dtype(input) is None:
         checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
-    scale, ignore_index = checks.finite("scale", scale), checks.integer("ignore_index", ignore_index)
+    scale = checks.finite("scale", scale)
+    ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)

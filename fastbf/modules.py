@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbf import checks, distributed, functional, reference
+from fastbf import checks, distributed, functional, layout, reference
 from fastbf.backend import check_backend, choose
 from fastbf.process_groups import group_of, name_of
 
@@ -96,7 +96,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
     ) -> Tensor:
         """As the parent's. src (S, C), (S, B, C), or (B, S, C) with ``batch_first``; attention runs along S.
 
-        For BatchFormer S is the batch of samples. Returns src's shape.
+        For BatchFormer S is the batch of samples. Returns src's shape, with the strides that the parent gives.
 
         Raises:
             ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers; a
@@ -118,7 +118,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
         out = self._fused(src.transpose(0, 1) if along_batch else src)
-        return out.transpose(0, 1) if along_batch else out
+        out = out.transpose(0, 1) if along_batch else out
+        # A norm ends the parent's layer, and gives what is contiguous, or a sum that begins with src.
+        return layout.like(out, src) if self.norm_first else out.contiguous()
 
     def writes_forks(self, x: Tensor) -> bool:
         """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do, on kernels."""
@@ -336,8 +338,9 @@ class BatchFormer(nn.Module):
 
         Returns:
             ``features``, or the tuple ``(features, *targets)`` if targets were given. In training the features have
-            2N samples, the plain half first, each tensor target is concatenated with itself along its first
-            dimension, each list or tuple repeated. In evaluation the same objects; with ``forked`` the same targets.
+            2N samples, the plain half first, contiguous or channels last, as they came; each tensor target is
+            concatenated with itself along its first dimension, each list or tuple repeated. In evaluation the same
+            objects; with ``forked`` the same targets.
 
         Raises:
             TypeError: features that are not a floating-point tensor, targets of another type.
@@ -356,6 +359,7 @@ class BatchFormer(nn.Module):
         if fork is None:
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = torch.cat([plain, self._mix(stream, dims)], dim=batch_dim)
+        fork = layout.formatted(fork, features)
         return (fork, *targets) if targets else fork
 
     def _fork_by_kernels(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
@@ -375,7 +379,7 @@ class BatchFormer(nn.Module):
 
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
-        return self._mix(features, self._dims(features))
+        return layout.formatted(self._mix(features, self._dims(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(features.movedim(dims, (0, -1))), self.layers), features, dims)
@@ -449,6 +453,9 @@ def _doubled(target: Any, n: int) -> Any:
 class SharedClassifier(nn.Linear):
     """A linear classifier shared by the plain and the mixed stream, with its loss.
 
+    Takes the keywords of the ``nn.Linear`` that it replaces, too: ``out_features`` for ``num_classes``, and in
+    ``forward`` ``input`` for ``features``.
+
     Args:
         in_features: channels C.
         num_classes: K.
@@ -477,9 +484,10 @@ class SharedClassifier(nn.Linear):
     def __init__(
         self,
         in_features: int,
-        num_classes: int,
+        num_classes: int | None = None,
         bias: bool = True,
         *,
+        out_features: int | None = None,
         class_counts: Tensor | Sequence[float] | None = None,
         class_weight: Tensor | Sequence[float] | None = None,
         label_smoothing: float = 0.0,
@@ -489,6 +497,7 @@ class SharedClassifier(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        num_classes = checks.either("num_classes", num_classes, "out_features", out_features)
         checks.positive("in_features", in_features)
         checks.positive("num_classes", num_classes)
         super().__init__(in_features, num_classes, bias, device=device, dtype=dtype)
@@ -509,8 +518,9 @@ class SharedClassifier(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return values.to(device=self.weight.device, dtype=dtype, copy=True)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K)."""
+        features = checks.either("features", features, "input", input)
         self._check(features)
         return reference.class_logits(super().forward(features), self.scale, None)
 
@@ -523,7 +533,8 @@ class SharedClassifier(nn.Linear):
             features: (N, …, C), or the fork of twice as many rows, the plain half first.
             target: class indices (N, …) int64, or probabilities (N, …, K).
             reduction: "mean" over all rows of both streams that are not ignored, "sum" or "none".
-            stats: also return loss and accuracy of each stream, without waiting for the device.
+            stats: also return loss and accuracy of each stream, without waiting for the device: ``accuracy`` of logits
+                with the class counts, as the loss sees them, ``unadjusted_accuracy`` of those that ``forward`` gives.
 
         Returns:
             The loss, or the pair (loss, :class:`fastbf.functional.LossStats`).

@@ -202,10 +202,12 @@ def class_logits(z: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:
     return z if logit_bias is None else z + logit_bias
 
 
-def correct(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Per row: is the largest logit the target's class (or its most probable one), and does the row count?"""
-    prediction = logits.argmax(dim=-1)
-    if target.is_floating_point():
-        return prediction == target.argmax(dim=-1), torch.ones_like(prediction, dtype=torch.bool)
-    valid = target != ignore_index
-    return (prediction == target) & valid, valid
+def correct(logits: Tensor, unadjusted: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Per row: is the largest logit the target's class (or its most probable one)? False where the row is ignored.
+
+    logits and unadjusted (M, K), the same tensor if there is no logit_bias → (2, M) bool, a row for each of the two.
+    """
+    label = target.argmax(dim=-1) if target.is_floating_point() else target
+    right = [x.argmax(dim=-1) == label for x in ([logits] if logits is unadjusted else [logits, unadjusted])]
+    right = torch.stack(right if len(right) == 2 else right * 2)
+    return right if target.is_floating_point() else right & (target != ignore_index)

@@ -114,8 +114,8 @@ def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
     logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
     stats: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-    """The loss, and with ``stats`` each stream's loss and accuracy."""
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
+    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy."""
     rows, num_classes = input.shape[:-1], linear_weight.shape[0]
     probabilities = target.is_floating_point()
     target = target.reshape(-1, num_classes) if probabilities else target.flatten()
@@ -128,15 +128,16 @@ def linear_cross_entropy(
     right = None
     if unusual or small or traced():
         repeated = torch.cat([target, target]) if forked else target
-        logits = reference.linear_logits(
-            x, linear_weight, linear_bias, scale=scale, logit_bias=logit_bias, linear=gemm.linear
+        unadjusted = reference.linear_logits(
+            x, linear_weight, linear_bias, scale=scale, logit_bias=None, linear=gemm.linear
         )
+        logits = reference.class_logits(unadjusted, 1.0, logit_bias)
         factor = None if weight is None else weight.to(logits.dtype)
         if not stats:
             loss = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
             return (loss.view(rows) if reduction == "none" else loss).to(dtype), None
         loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
-        right, _ = reference.correct(logits, repeated, ignore_index)
+        right = reference.correct(logits, unadjusted, repeated, ignore_index)
     else:
         loss, right = chunked_classifier.linear_cross_entropy_rows(
             x, linear_weight, target, linear_bias=linear_bias, weight=weight, logit_bias=logit_bias, scale=scale,
@@ -152,5 +153,5 @@ def linear_cross_entropy(
         return result, None
     streams = loss.detach().view(2 if forked else 1, -1)
     counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
-    accuracy = right.view(streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result, (streams.sum(-1) / each.detach(), accuracy)
+    accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()
+    return result, (streams.sum(-1) / each.detach(), accuracy, unadjusted_accuracy)

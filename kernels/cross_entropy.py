@@ -25,9 +25,11 @@ from fastbf.kernels.rows import Tile, partial_sums
 
 #: Numbers that forward leaves of a row: its loss; what it adds to the mean's denominator; its largest logit, and the
 #: log of the sum of exponentials relative to that (their sum would lose what tells large logits apart); -1 where the
-#: class index is out of range, 0 where the row is ignored, 1 where the largest logit is another class, 2 where it is
-#: the target's; and Σ q.
+#: class index is out of range, 0 where the row is ignored, else 1, and 1 more where the largest logit is the target's,
+#: 2 more where the largest without logit_bias is; and Σ q.
 ROW = 6
+#: Numbers of each stream: its loss, its accuracy, and that of logits without logit_bias.
+STATS = 3
 
 _RUNTIME = ["rows", "first", "of_all", "targets", "pieces", "aligned_classes", "ignore_index"]
 PIECE = 16  #: bytes that one load takes
@@ -67,6 +69,20 @@ def _target(p_target, index, inside, targets, ignore_index, K):
 
 
 @triton.jit
+def _first_of_largest(x, highest, columns, mask, K):
+    """Of rows [BM, BC], the first column that holds the largest value [BM]."""
+    return tl.min(tl.where((x == highest[:, None]) & mask[None, :], columns[None, :], K), 1)
+
+
+@triton.jit
+def _largest(top, best, x, columns, mask, K):
+    """The largest value of rows so far and its first column, [BM] both, after another tile x [BM, BC]."""
+    highest = tl.max(x, 1)
+    best = tl.where(highest > top, _first_of_largest(x, highest, columns, mask, K), best)
+    return tl.maximum(top, highest), best
+
+
+@triton.jit
 def _shift(p_bias, p_logit_bias, columns, mask, scale, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr):
     """What is added to scale · z: fp32, of the columns' shape."""
     shift = tl.zeros(columns.shape, tl.float32)
@@ -102,12 +118,6 @@ def _smoothed(t, p_weight, columns, mask, keep, uniform, HAS_WEIGHT: tl.constexp
     return q
 
 
-@triton.jit
-def _first_of_largest(x, highest, columns, mask, K):
-    """Of rows [BM, BC], the first column that holds the largest value [BM]."""
-    return tl.min(tl.where((x == highest[:, None]) & mask[None, :], columns[None, :], K), 1)
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def cross_entropy_forward(
     p_z, p_target, p_weight, p_bias, p_logit_bias, p_rows,
@@ -134,6 +144,8 @@ def cross_entropy_forward(
     weighted = tl.zeros((BM,), tl.float32)  # Σ q · (logit - shift), without a class index's own part
     mass = tl.zeros((BM,), tl.float32)  # Σ q likewise
     best = tl.zeros((BM,), tl.int32)
+    unadjusted = tl.full((BM,), float("-inf"), tl.float32)  # the largest logit without logit_bias
+    best_unadjusted = tl.zeros((BM,), tl.int32)
     likeliest = tl.full((BM,), float("-inf"), tl.float32)
     label = tl.zeros((BM,), tl.int32)
     for start in range(0, K, BC):
@@ -142,13 +154,19 @@ def cross_entropy_forward(
         p_tile = p_z + base[:, None] + columns[None, :]
         z = tl.load(p_tile, mask=inside[:, None] & (columns < stride)[None, :], other=0.0)
         s = z.to(tl.float32) * scale
+        if COUNT and HAS_LOGIT_BIAS:
+            u = s
+            if HAS_BIAS:
+                u += _shift(p_bias, p_logit_bias, columns, mask, scale, True, False)[None, :]
+            u = tl.where(mask[None, :], u, float("-inf"))
+            unadjusted, best_unadjusted = _largest(unadjusted, best_unadjusted, u, columns, mask, K)
         if HAS_BIAS or HAS_LOGIT_BIAS:
             s += _shift(p_bias, p_logit_bias, columns, mask, scale, HAS_BIAS, HAS_LOGIT_BIAS)[None, :]
         s = tl.where(mask[None, :], s, float("-inf"))
-        highest = tl.max(s, 1)
         if COUNT:
-            best = tl.where(highest > top, _first_of_largest(s, highest, columns, mask, K), best)
-        highest = tl.maximum(top, highest)
+            highest, best = _largest(top, best, s, columns, mask, K)
+        else:
+            highest = tl.maximum(top, tl.max(s, 1))
         before, shift = shift, tl.where(highest == float("-inf"), 0.0, highest)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = highest
@@ -156,9 +174,8 @@ def cross_entropy_forward(
             if SOFT:
                 t = _probabilities(p_target, index, inside, targets, columns, mask, K)
                 if COUNT:
-                    highest = tl.max(tl.where(mask[None, :], t, float("-inf")), 1)
-                    label = tl.where(highest > likeliest, _first_of_largest(t, highest, columns, mask, K), label)
-                    likeliest = tl.maximum(likeliest, highest)
+                    classes = tl.where(mask[None, :], t, float("-inf"))
+                    likeliest, label = _largest(likeliest, label, classes, columns, mask, K)
                 q = _smoothed(t, p_weight, columns, mask, keep, uniform, HAS_WEIGHT)
             else:
                 q = _uniform(p_weight, columns, mask, uniform, HAS_WEIGHT)
@@ -168,9 +185,11 @@ def cross_entropy_forward(
     loss = log_total * mass - weighted
     norm = tl.full((BM,), 1.0, tl.float32)
     code = tl.full((BM,), 1.0, tl.float32)
+    if not HAS_LOGIT_BIAS:
+        best_unadjusted = best
     if SOFT:
         if COUNT:
-            code += tl.where(best == label, 1.0, 0.0)
+            code += tl.where(best == label, 1.0, 0.0) + tl.where(best_unadjusted == label, 2.0, 0.0)
     else:
         t, valid, counts = _target(p_target, index, inside, targets, ignore_index, K)
         z = tl.load(p_z + base + t, mask=valid, other=0.0)
@@ -181,7 +200,7 @@ def cross_entropy_forward(
         mass += norm * keep
         loss, mass = tl.where(valid, loss, float("nan")), tl.where(valid, mass, float("nan"))
         if COUNT:
-            code += tl.where(best == t, 1.0, 0.0)
+            code += tl.where(best == t, 1.0, 0.0) + tl.where(best_unadjusted == t, 2.0, 0.0)
         code = tl.where(valid, code, -1.0)
         loss, norm, mass = tl.where(counts, loss, 0.0), tl.where(counts, norm, 0.0), tl.where(counts, mass, 0.0)
         code = tl.where(counts, code, 0.0)
@@ -206,7 +225,7 @@ def cross_entropy_finish(
     p_rows, p_loss, p_total, p_stats,
     rows: tl.int32, STREAMS: tl.constexpr, BM: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """The loss, what a mean divides by, and each stream's loss and accuracy. One program."""
+    """The loss, what a mean divides by, and each stream's ``STATS``. One program."""
     loss = 0.0
     total = 0.0
     each = rows // STREAMS
@@ -215,6 +234,7 @@ def cross_entropy_finish(
         norms = tl.zeros((BM,), tl.float32)
         counted = tl.zeros((BM,), tl.float32)
         right = tl.zeros((BM,), tl.float32)
+        right_unadjusted = tl.zeros((BM,), tl.float32)
         lowest = tl.zeros((BM,), tl.float32)
         for start in range(0, each, BM):
             index = start + tl.arange(0, BM)
@@ -224,11 +244,14 @@ def cross_entropy_finish(
             code = tl.load(p_row + 4 * rows.to(tl.int64), mask=index < each, other=0.0)
             lowest = tl.minimum(lowest, code)
             counted += tl.where(code != 0.0, 1.0, 0.0)
-            right += tl.where(code > 1.0, 1.0, 0.0)
+            right += tl.where((code == 2.0) | (code == 4.0), 1.0, 0.0)
+            right_unadjusted += tl.where(code > 2.0, 1.0, 0.0)
         tl.device_assert(lowest >= 0.0, "fastbf linear_cross_entropy: a class index in target is out of range")
         stream_loss, stream_norm = tl.sum(losses, 0), tl.sum(norms, 0)
         tl.store(p_stats + stream, _mean(stream_loss, stream_norm))
-        tl.store(p_stats + STREAMS + stream, tl.sum(right, 0) / tl.sum(counted, 0))
+        rows_counted = tl.sum(counted, 0)
+        tl.store(p_stats + STREAMS + stream, tl.sum(right, 0) / rows_counted)
+        tl.store(p_stats + 2 * STREAMS + stream, tl.sum(right_unadjusted, 0) / rows_counted)
         loss += stream_loss
         total += stream_norm
     if MEAN:
@@ -360,7 +383,7 @@ def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Te
         mean: whether the loss is a mean or a sum.
         loss: one element to write to, any floating-point dtype.
         total: one fp32 element to write to: what a mean divides by.
-        stats: (2, streams) fp32 to write to: each stream's mean loss, and its accuracy.
+        stats: (3, streams) fp32 to write to: ``STATS``.
     """
     flags = {"STREAMS": streams, "BM": 1024, "MEAN": mean, "num_warps": 8, "debug": True}  # debug: the assertion is on
     launch(cross_entropy_finish, 1, of_rows.device, (of_rows, loss, total, stats), (of_rows.shape[1],), flags)

@@ -1,7 +1,8 @@
 """The benchmarks count right, compare before they time, and report what they could not do."""
 
-import csv
+import io
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -12,8 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import __main__ as command_line
-from bench import counts, limits, pictures, records, report, runner, timing
+from bench import commands, counts, host, limits, pictures, records, report, runner, timing
 from bench.ops import MODES, OPS, Problem, compulsory_bytes
 from bench.providers import PROVIDERS, Case, Traits, Unavailable, differs, timed
 from bench.runner import Plan
@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 SMALL = Workload("cifar100-lt", 24, 64, 10)
 DENSE = Workload("v2-detr", 2, 64, positions=5)
 PLAN = Plan(("fastbf-torch", "paper"), ("both",), ("eager",), seconds=0.0)
+ROOT = Path(__file__).parents[1]
 
 
 def problem(op="step", workload=SMALL, dtype="fp32", dropout=0.5):
@@ -31,6 +32,28 @@ def problem(op="step", workload=SMALL, dtype="fp32", dropout=0.5):
 
 def measured(plan=PLAN, *problems):
     return list(runner.measure(runner.cells(list(problems) or [problem()], plan), plan, lambda _: None))
+
+
+def in_ascii(*arguments):
+    """Python, run where neither files nor standard output hold more than ASCII unless asked to, and nothing is set."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def cp1252(monkeypatch):
+    """What a program opens without naming an encoding is read and written as on a Windows of western Europe."""
+
+    def opened(file, mode="r", buffering=-1, encoding=None, *rest, **options):
+        legacy = "b" not in mode and encoding in (None, "locale")
+        return io_open(file, mode, buffering, "cp1252" if legacy else encoding, *rest, **options)
+
+    io_open = io.open
+    monkeypatch.setattr("io.open", opened)
+    monkeypatch.setattr("builtins.open", opened)
 
 
 class Stub:
@@ -151,28 +174,24 @@ class TestRunner:
 
     @pytest.mark.parametrize("command", ["step", "memory"])
     def test_as_a_user_runs_it(self, command, tmp_path):
-        """In a process that has imported nothing else: ours and the paper's code are measured."""
+        """In a process that has imported nothing else: ours and the paper's code are measured, on any terminal."""
         rows = tmp_path / "rows.csv"
         what = [command, "--workloads", "cifar100-lt", "--providers", "fastbf-torch", "paper", "--csv", str(rows)]
         what += ["--seconds", "0.02"] if command == "step" else []
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        result = subprocess.run(
-            [sys.executable, "-m", "bench", *what, "--device", "cpu"],
-            cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        result = in_ascii("-m", "bench", *what, "--device", "cpu")
         assert result.returncode == 0, result.stdout + result.stderr
-        assert [line.split(",").count("measured") for line in rows.read_text().splitlines()[1:]] == [1, 1]
+        assert "paper \\xf7" in result.stdout
+        assert [row["status"] for row in records.read([rows])] == ["measured", "measured"]
 
     def test_our_failure_is_an_error(self, monkeypatch, tmp_path):
         def fail(*_):
             raise RuntimeError("broken on purpose")
 
         monkeypatch.setattr("bench.runner.timed", fail)
-        monkeypatch.setattr(command_line.triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
         what = ["--workloads", "cifar100-lt", "--seconds", "0.02", "--device", "cpu", "--csv", str(tmp_path / "r.csv")]
         for provider, status in (("paper", 0), ("fastbf-torch", 1)):
-            arguments = command_line._parser().parse_args(["step", *what, "--providers", provider])
-            assert arguments.run(arguments) == status
+            assert commands.main(["step", *what, "--providers", provider]) == status
 
     @pytest.mark.parametrize(
         ("error", "note"), [(torch.OutOfMemoryError("9 GiB"), "out of memory"), (KeyError("head 7"), "head 7")]
@@ -260,7 +279,8 @@ class TestReport:
         for n, (name, ms) in product((128, 256), {"fastbf-torch": 1.0, "paper": 2.0}.items()):
             key = ("step", f"imagenet-lt-{n}", n, 1, 2048, 1000, "fp32", 0.5, "both", "eager", name)
             made.append(records.Record(*key, "measured", "", ms, ms, ms, 5, 3.5, 1e9, 1e6, 1.0, 1.0, 9.0, 9.0, 0.5))
-        return list(records.write(path, where, made))
+        with records.output(path, records.COLUMNS) as put:
+            return list(records.write(put, where, made))
 
     def test_csv_round_trip(self, tmp_path):
         made = self.rows(tmp_path / "a.csv")
@@ -270,19 +290,12 @@ class TestReport:
         assert found[0]["workload"] == first.workload
         assert found[0]["date"]
 
-    def test_a_run_cut_short_leaves_its_rows(self, tmp_path):
-        where, (first, *_) = records.environment(CPU), self.rows(tmp_path / "a.csv")
-        rows = records.write(tmp_path / "b.csv", where, iter([first, first]))
-        next(rows)
-        with (tmp_path / "b.csv").open() as file:
-            assert len(list(csv.reader(file))) == 2
-
     def test_fills_the_readme(self, tmp_path):
         self.rows(tmp_path / "a.csv")
         readme = tmp_path / "README.md"
-        readme.write_text(README)
+        readme.write_text(README, encoding="utf-8")
         written = report.make([tmp_path / "a.csv"], readme, tmp_path)
-        text = readme.read_text()
+        text = readme.read_text(encoding="utf-8")
         assert "old" not in text
         assert text.startswith("before\n")
         assert "geometric mean |  |  |  | 2.00 |  |  | 2.00 |" in text
@@ -292,9 +305,50 @@ class TestReport:
         for picture in written[1:]:
             assert picture.stat().st_size > 10_000
             assert f"]({picture.name})" in text
-        once = readme.read_text()
         report.make([tmp_path / "a.csv"], readme, tmp_path)
-        assert readme.read_text() == once
+        assert readme.read_text(encoding="utf-8") == text
+
+    @pytest.mark.parametrize("newline", ["\n", "\r\n"])
+    def test_the_rest_of_the_readme_stays_whatever_the_locale(self, newline, tmp_path, cp1252):
+        """Of the project's own, byte for byte, and of what is not UTF-8; what is filled in is UTF-8."""
+
+        def around(text):
+            return re.sub(rb"(?s)(<!-- bench:(\w+) -->).*?<!-- /bench:\2 -->", rb"\1", text)
+
+        launch = self.rows(tmp_path / "a.csv")[0]._replace(op="launch", mode="host")
+        with records.output(tmp_path / "host.csv", records.COLUMNS) as put:
+            list(records.write(put, records.environment(CPU)._replace(device="a machine"), [launch]))
+        readme = tmp_path / "README.md"
+        before = (ROOT / "README.md").read_bytes().replace(b"\n", newline.encode()) + b"caf\xe9, then no newline"
+        readme.write_bytes(before)
+        report.make([tmp_path / "host.csv"], readme, tmp_path)
+        after = readme.read_bytes()
+        assert around(after) == around(before)
+        assert "| what | by | host time, µs |".encode() in after
+        assert b"a machine, torch" in after
+        assert after.count(b"\n") == after.count(newline.encode())
+
+    def test_a_rewrite_that_fails_leaves_the_readme(self, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError("no space left on device")
+
+        readme = tmp_path / "README.md"
+        readme.write_text(README, encoding="utf-8")
+        monkeypatch.setattr("shutil.copymode", fail)
+        with pytest.raises(OSError, match="no space"):
+            report.make([], readme, tmp_path)
+        assert readme.read_text(encoding="utf-8") == README
+        assert list(tmp_path.iterdir()) == [readme]
+
+    def test_a_rewrite_keeps_links_and_permissions(self, tmp_path):
+        readme, link = tmp_path / "README.md", tmp_path / "link.md"
+        readme.write_text(README, encoding="utf-8")
+        readme.chmod(0o640)
+        link.symlink_to(readme)
+        report.make([], link, tmp_path)
+        assert link.is_symlink()
+        assert readme.stat().st_mode & 0o777 == 0o640
+        assert "old" not in readme.read_text(encoding="utf-8")
 
     def test_a_gpu_comes_first(self, tmp_path):
         self.rows(tmp_path / "a.csv")
@@ -304,10 +358,193 @@ class TestReport:
 
     def test_no_figure_without_a_measurement(self, tmp_path):
         readme = tmp_path / "README.md"
-        readme.write_text(README)
+        readme.write_text(README, encoding="utf-8")
         assert report.make([], readme, tmp_path) == [readme]
-        assert "Not measured on a GPU yet." in readme.read_text()
+        assert "Not measured on a GPU yet." in readme.read_text(encoding="utf-8")
 
     def test_every_provider_of_a_step_has_a_colour(self):
         assert {name for name, p in PROVIDERS.items() if "step" in p.ops} == set(pictures.STYLES)
         assert len(set(pictures.STYLES.values())) == len(pictures.STYLES)
+
+
+class TestOutput:
+    """Rows outlive a run that is stopped, and those of an earlier run outlive it too."""
+
+    COLUMNS = ("name", "value")
+
+    def put(self, path, *rows, stop=None):
+        with records.output(path, self.COLUMNS) as put:
+            for row in rows:
+                put(row)
+            if stop:
+                raise stop
+
+    def test_rows_are_there_as_soon_as_they_are_measured(self, tmp_path):
+        with records.output(tmp_path / "new" / "a.csv", self.COLUMNS) as put:
+            put(("one", 1))
+            assert (tmp_path / "new" / "a.csv").read_bytes() == b"name,value\r\none,1\r\n"
+
+    def test_a_run_that_is_stopped_leaves_its_rows(self, tmp_path, capsys):
+        path = tmp_path / "a.csv"
+        with pytest.raises(KeyboardInterrupt):
+            self.put(path, ("one", 1), stop=KeyboardInterrupt())
+        assert path.read_text(encoding="utf-8").split() == ["name,value", "one,1"]
+        assert capsys.readouterr().err == f"\nnot finished: what was measured is in {path}\n"
+
+    @pytest.mark.parametrize("stop", [KeyboardInterrupt(), runner.DeviceLost(), KeyError()], ids=type)
+    def test_earlier_rows_stay_until_new_ones_are_complete(self, stop, tmp_path, capsys):
+        path = tmp_path / "a.csv"
+        self.put(path, ("one", 1))
+        earlier = path.read_bytes()
+        with pytest.raises(type(stop)):
+            self.put(path, ("two", 2), stop=stop)
+        assert path.read_bytes() == earlier
+        (partial,) = tmp_path.glob("*.partial")
+        assert partial.read_text(encoding="utf-8").split() == ["name,value", "two,2"]
+        assert capsys.readouterr().err == f"\nnot finished: what was measured is in {partial}\n"
+        self.put(path, ("three", 3))
+        assert path.read_text(encoding="utf-8").split() == ["name,value", "three,3"]
+
+    @pytest.mark.parametrize("earlier", [True, False])
+    def test_nothing_measured_leaves_nothing(self, earlier, tmp_path, capsys):
+        path = tmp_path / "a.csv"
+        if earlier:
+            self.put(path, ("one", 1))
+        before = [(p, p.read_bytes()) for p in tmp_path.iterdir()]
+        with pytest.raises(KeyboardInterrupt):
+            self.put(path, stop=KeyboardInterrupt())
+        assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == before
+        assert capsys.readouterr().err == "\nnot finished: nothing was measured\n"
+
+    def test_a_later_run_leaves_the_rows_of_one_that_was_stopped(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.csv"
+        self.put(path, ("one", 1))
+        for process in (1, 2):
+            monkeypatch.setattr("os.getpid", lambda process=process: process)
+            with pytest.raises(KeyboardInterrupt):
+                self.put(path, ("two", process), stop=KeyboardInterrupt())
+        assert len(list(tmp_path.glob("*.partial"))) == 2
+
+    def test_links_and_pipes_stay_what_they_are(self, tmp_path):
+        link, path = tmp_path / "link.csv", tmp_path / "a.csv"
+        self.put(path, ("one", 1))
+        link.symlink_to(path)
+        self.put(link, ("two", 2))
+        assert link.is_symlink()
+        assert path.read_text(encoding="utf-8").split() == ["name,value", "two,2"]
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+            self.put(pipe, ("three", 3))
+            assert reader.read() == b"name,value\r\nthree,3\r\n"
+        assert pipe.is_fifo()
+
+    def test_in_utf8_whatever_the_locale_and_the_message(self, tmp_path, cp1252):
+        path = tmp_path / "a.csv"
+        self.put(path, ("µ", "→ caf\udce9"))
+        assert path.read_bytes() == "name,value\r\nµ,→ caf\\udce9\r\n".encode()
+        ((row),) = records.read([path])
+        assert row["name"] == "µ"
+
+    @pytest.mark.parametrize("command", ["step", "op", "memory", "host"])
+    def test_every_command_keeps_earlier_rows(self, command, tmp_path, monkeypatch, capsys):
+        def stopped(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("bench.runner.timed", stopped)
+        monkeypatch.setattr(host, "measure", stopped)
+        monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
+        path = tmp_path / "a.csv"
+        self.put(path, ("one", 1))
+        earlier = path.read_bytes()
+        what = [command, "--csv", str(path)] + ["loss"] * (command == "op")
+        what += [] if command == "host" else ["--workloads", "cifar100-lt", "--device", "cpu"]
+        what += [] if command == "memory" else ["--seconds", "0.02"]
+        with pytest.raises(KeyboardInterrupt):
+            commands.main(what)
+        assert path.read_bytes() == earlier
+        assert "not finished: nothing was measured" in capsys.readouterr().err
+
+    def test_nothing_to_measure_is_no_run(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
+        path = tmp_path / "a.csv"
+        assert commands.main(["op", "loss", "--workloads", "v2-detr", "--csv", str(path)]) == 2
+        assert not path.exists()
+        assert "nothing to measure" in capsys.readouterr().err
+
+
+#: Runs ``python -m bench``; the second case to be timed sends the process what Ctrl-C does.
+STOPPED = """
+import os, runpy, signal
+from bench import providers, runner
+
+def timed(case, mode, timed=runner.timed):
+    calls.append(mode)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return timed(case, mode)
+
+calls, runner.timed = [], timed
+runpy.run_module("bench", run_name="__main__")
+"""
+
+#: The same while PyTorch is imported, where exceptions are caught.
+IMPORTING = """
+import os, runpy, signal, sys, time
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Finder)
+runpy.run_module("bench", run_name="__main__")
+"""
+
+
+class TestEntry:
+    """What the process does, whatever the command."""
+
+    def test_ctrl_c(self, tmp_path):
+        """At the second of two modes: one line, the status of a process that was interrupted, the first's row."""
+        path = tmp_path / "a.csv"
+        path.write_text("earlier", encoding="utf-8")
+        what = ["op", "loss", "--modes", "forward", "both", "--workloads", "cifar100-lt", "--providers", "paper"]
+        what += ["--seconds", "0.02", "--device", "cpu", "--csv", path]
+        result = in_ascii("-c", STOPPED, *what)
+        assert result.returncode == 130, result.stderr
+        (partial,) = tmp_path.glob("*.partial")
+        assert result.stderr == f"\nnot finished: what was measured is in {partial}\n"
+        assert [row["mode"] for row in records.read([partial])] == ["forward"]
+        assert path.read_text(encoding="utf-8") == "earlier"
+
+    def test_ctrl_c_while_it_is_imported(self):
+        result = in_ascii("-c", IMPORTING, "list")
+        assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+    @pytest.mark.parametrize("command", [("list",), ("limits", "--workloads", "czsl")])
+    def test_escapes_what_standard_output_lacks(self, command):
+        result = in_ascii("-m", "bench", *command)
+        assert result.returncode == 0, result.stderr
+        assert "\\" in result.stdout
+
+    def test_standard_output_may_be_closed(self):
+        result = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m bench limits --workloads czsl >&-"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+
+    def test_examples_too(self):
+        result = in_ascii("examples/compositional_zero_shot.py", "--help")
+        assert result.returncode == 0, result.stderr
+        assert "digits \\xd7 attributes" in result.stdout
+
+    def test_setup_reads_utf8(self):
+        result = in_ascii("setup.py", "--name")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split()[-1] == "fastbf"

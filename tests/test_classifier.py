@@ -166,7 +166,26 @@ def test_statistics_of_each_stream(forked, soft):
     labels = y.argmax(-1) if soft else y
     hits = [(F.linear(s, w, b).argmax(-1) == labels)[labels >= 0].double().mean() for s in streams]
     torch.testing.assert_close(stats.accuracy, torch.stack(hits))
+    torch.testing.assert_close(stats.unadjusted_accuracy, stats.accuracy)
     assert not stats.loss.requires_grad
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_accuracy_with_class_counts_and_without(soft, chunked, monkeypatch):
+    """The prior says class 0 to nearly all rows; predictions do without it."""
+    if chunked:
+        monkeypatch.setattr("fastbf.torch_backend.chunk_elements", lambda *_: 1)
+        monkeypatch.setattr("fastbf.chunked_classifier.chunk_elements", lambda *_: 2 * K)
+    x, w, b, y = case(forked=True, soft=soft, ignored=() if soft else (1,), n=20)
+    logit_bias = torch.tensor([50.0, *[0.0] * (K - 1)], dtype=torch.float64)
+    _, stats = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=logit_bias, stats=True)
+    labels = y.argmax(-1) if soft else y
+    for accuracy, prior in ((stats.accuracy, logit_bias), (stats.unadjusted_accuracy, 0)):
+        logits = [F.linear(s, w, b) + prior for s in x.chunk(2)]
+        expected = [(z.argmax(-1) == labels)[labels >= 0].double().mean() for z in logits]
+        torch.testing.assert_close(accuracy, torch.stack(expected))
+    assert not torch.equal(stats.accuracy, stats.unadjusted_accuracy)
 
 
 def test_contrastive_use_replaces_four_losses():

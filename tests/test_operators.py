@@ -1,5 +1,8 @@
 """The kernels as registered operators: what ``torch.compile`` relies on, and layers compiled as one graph."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -12,11 +15,10 @@ from fastbf.encoder_weights import Factors, cast_factors
 from fastbf.kernels import probe
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights
+from tests import across_ranks
+from tests.across_ranks import CHECKS
 from tests.test_triton_layer import features, weights
 from tests.triton_case import DEVICE, SEED
-
-# The operators have no derivative of their own: autograd Functions call them.
-CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def check(name, *args):
@@ -249,3 +251,14 @@ def test_new_lengths_do_not_recompile():
     with torch.compiler.set_stance("fail_on_recompile"):
         for n in (42, 97, 33):
             assert compiled(torch.randn(n, 32, device=DEVICE)).shape == (2 * n, 32)
+
+
+def test_every_registered_operator_is_checked():
+    """Here, or, of those that communicate, on several ranks."""
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
+    files = (Path(__file__), Path(across_ranks.__file__))
+    checked = set(
+        re.findall(r"\b(?:check\(\s*\"|operators\.)(\w+)", "".join(f.read_text(encoding="utf-8") for f in files))
+    )
+    assert len(names) >= 17
+    assert names <= checked

@@ -215,13 +215,18 @@ def test_an_index_out_of_range_is_not_read_and_shows(monkeypatch):
     assert dx[~bad].isfinite().all()
 
 
-def test_statistics():
-    (x, w, b), y = case(7, ignored=(1,))
-    weight = torch.rand(7, device=DEVICE)
-    calls = [
-        linear_cross_entropy(x, w, y, linear_bias=b, weight=weight, stats=True, backend=backend)
-        for backend in ("triton", "torch")
-    ]
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("classes", "soft"), [(7, False), (7, True), (5000, False)])
+def test_statistics(classes, soft, prior, bias, mode, rows_in):
+    """With a prior that says class 0 to nearly all rows, predictions, which do without it, are other ones."""
+    rows_in(mode)
+    (x, w, b), y = case(classes, ignored=() if soft else (1,), soft=soft)
+    weight = torch.rand(classes, device=DEVICE)
+    logit_bias = torch.tensor([50.0, *[0.0] * (classes - 1)], device=DEVICE) if prior else None
+    options = {"linear_bias": b if bias else None, "weight": weight, "logit_bias": logit_bias, "stats": True}
+    calls = [linear_cross_entropy(x, w, y, backend=backend, **options) for backend in ("triton", "torch")]
     for ours, theirs in zip(*((loss, *stats) for loss, stats in calls), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not calls[0][1].loss.requires_grad

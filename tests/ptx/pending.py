@@ -38,8 +38,11 @@ class Pending(NamedTuple):
     copies: tuple[int, ...] = (0,)  #: bytes that each group writes
     products: tuple[Group, ...] = ((),)
     barriers: tuple[Barrier, ...] = ()
-    copied: int = 0  #: bytes that a copy wrote that was waited for, with no barrier since
-    read: int = 0  #: bytes that a product read that was waited for, with no barrier since
+    #: Bytes of which other threads may not know yet, as there was no barrier since:
+    copied: int = 0  #: by copies that were waited for
+    read: int = 0  #: by products that were waited for
+    stored: int = 0  #: by threads
+    loaded: int = 0  #: likewise
 
     def in_flight(self) -> Iterator[Product]:
         groups = itertools.chain(self.products, *(barrier.groups for barrier in self.barriers))
@@ -60,11 +63,18 @@ class Pending(NamedTuple):
         *groups, last = self.products
         return self if product in last else self._replace(products=(*groups, (*last, product)))
 
-    def commit_copies(self) -> Pending:
-        return self._replace(copies=(*self.copies, 0))
+    def commit_copies(self, most: int) -> Pending:
+        """``most``: groups that a wait leaves, at the most; what is older need not be told apart."""
+        first, *rest = self.copies
+        if len(rest) > most:
+            first, rest = first | rest[0], rest[1:]
+        return self._replace(copies=(first, *rest, 0))
 
-    def commit_products(self) -> Pending:
-        return self._replace(products=(*self.products, ()))
+    def commit_products(self, most: int) -> Pending:
+        first, *rest = self.products
+        if len(rest) > most:
+            first, rest = (*first, *(product for product in rest[0] if product not in first)), rest[1:]
+        return self._replace(products=(first, *rest, ()))
 
     def wait_for_copies(self, left: int | None) -> Pending:
         """All but ``left`` committed groups are done; None: those not committed, too."""
@@ -81,7 +91,7 @@ class Pending(NamedTuple):
 
     def synchronise(self) -> Pending:
         """All threads have come here: what was waited for is done for all of them."""
-        return self._replace(copied=0, read=0)
+        return self._replace(copied=0, read=0, stored=0, loaded=0)
 
     def start_barrier(self, address: int) -> Pending:
         """mbarrier.init: its first phase begins."""

@@ -32,7 +32,7 @@ class Operand(NamedTuple):
 
 
 def region(addresses: Value, width: int) -> int:
-    """``width`` bytes from each address on; everything if they are not known."""
+    """``width`` bytes from each address on; everything if they are not known, or beyond what there is."""
     if addresses is None:
         return EVERYWHERE
     first = np.unique(addresses).astype(np.int64) // WORD
@@ -59,6 +59,8 @@ def operand(descriptor: int, shape: Operand, tcgen05: bool) -> int:
 
 
 def _set(words: np.ndarray) -> int:
+    if words.size and (words.min() < 0 or words.max() >= WORDS):
+        return EVERYWHERE
     bits = np.zeros(WORDS, np.uint8)
-    bits[words[words < WORDS]] = 1
+    bits[words] = 1
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")

@@ -114,7 +114,59 @@ def test_registers_that_a_product_adds_to_are_not_touched_before_the_wait():
     assert not found(*begun, WGMMA, WAIT)  # the next adds to the same
 
 
-LOAD = "ld.shared.b32 %r6, [%r4+0];"
+STORE, LOAD = "st.shared.v4.b32 [ %r4 + 0 ], {%r6, %r6, %r6, %r6};", "ld.shared.b32 %r6, [%r4+0];"
+
+
+def test_a_product_reads_what_other_threads_stored_after_a_barrier():
+    assert any("may still store" in fault for fault in found(DESCRIPTOR, STORE, WGMMA, WAIT))
+    assert not found(DESCRIPTOR, STORE, "bar.sync 0;", WGMMA, WAIT)
+
+
+def test_a_copy_overwrites_what_other_threads_loaded_after_a_barrier():
+    assert any("may still load" in fault for fault in found(STORE, "bar.sync 0;", LOAD, COPY))
+    assert not found(STORE, "bar.sync 0;", LOAD, "bar.sync 0;", COPY)
+    assert not found(STORE, "bar.sync 0;", LOAD, COPY_2)
+
+
+def test_nothing_is_stored_over_what_others_may_still_copy():
+    waited = (COPY, "cp.async.commit_group; cp.async.wait_group 0;")
+    assert any("may still copy" in fault for fault in found(*waited, STORE))
+    assert not found(*waited, "bar.sync 0;", STORE)
+
+
+def test_groups_that_nobody_waits_for_do_not_add_up():
+    """The walk comes to an end, and says what it found."""
+    assert found(*loop(COPY, "cp.async.commit_group;", LOAD))
+
+
+@pytest.mark.parametrize("order", ["cp.async.wait_group 0;", "bar.sync 0;", "cp.async.commit_group;"])
+def test_what_orders_work_for_some_threads_only(order):
+    some = ("setp.lt.u32 %p3, %r1, 128;", f"@%p3 {order}")
+    assert any("some threads only" in fault for fault in found(COPY, *some))
+
+
+def test_a_loop_that_some_threads_leave_sooner():
+    body = ("setp.lt.s32 %p1, %r9, %r1;", "@%p1 bra $L_top;")
+    loaded = ("mov.b32 %r9, 0;", "$L_top:", LOAD, COPY, "cp.async.commit_group;", "add.s32 %r9, %r9, 1;", *body)
+    assert any("where a copy may be under way" in fault for fault in found(*loaded))
+
+
+@pytest.mark.parametrize(
+    "instruction", ["cp.async.bulk.commit_group;", "wgmma.unheard.of;", "mbarrier.test_wait.b64 %p9, [%r4], %rd1;"]
+)
+def test_an_unknown_instruction_of_the_families(instruction):
+    assert any("does not know" in fault for fault in found(COPY, ARRIVE, instruction))
+
+
+@pytest.mark.parametrize("access", ["ld.volatile.shared.b32 %r6, [%r4+0];", "atom.shared.add.u32 %r6, [%r4+0], 1;"])
+def test_other_ways_to_touch_shared_memory(access):
+    assert any("where a copy may be under way" in fault for fault in found(COPY, "cp.async.commit_group;", access))
+
+
+@pytest.mark.parametrize("address", ["%r4 + 262144", "%r50 + 8192"])
+def test_addresses_have_32_bits_and_end(address):
+    before = ("sub.s32 %r50, %r4, 8192;", COPY, "cp.async.commit_group;")
+    assert found(*before, f"ld.shared.b32 %r6, [{address}];")
 
 
 def test_what_is_copied_is_read_after_a_wait_and_a_barrier():

@@ -41,7 +41,7 @@ class Instruction:
     def writes(self) -> frozenset[str]:
         """Registers that it leaves a result in; of a wgmma, which does so later, none."""
         name = self.parts[0]
-        without = name in _NO_RESULT or self.parts[1] in _NO_RESULT_OF.get(name, ())
+        without = name in _NO_RESULT or set(self.parts[1:2]) & set(_NO_RESULT_OF.get(name, ()))
         return frozenset() if without or not self.operands else frozenset(registers(self.operands[0]))
 
     @cached_property
@@ -60,7 +60,6 @@ class Program(NamedTuple):
     code: list[Instruction]
     labels: dict[str, int]  #: position in the code
     threads: int  #: of a program
-    target: int  #: compute capability: 80, 90
 
 
 def registers(operand: str) -> list[str]:
@@ -77,7 +76,6 @@ def parse(text: str) -> Program:
     """Reads what Triton gives as ``asm["ptx"]``."""
     lines = text.splitlines()
     threads = int(re.search(r"^\s*\.reqntid\s+(\d+)", text, re.M)[1])
-    target = int(re.search(r"^\.target\s+sm_(\d+)", text, re.M)[1])
     start = next(i for i, line in enumerate(lines) if line.strip() == "{")
     code: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -104,7 +102,7 @@ def parse(text: str) -> Program:
                 rest = ""
             else:
                 break
-    return Program(code, labels, threads, target)
+    return Program(code, labels, threads)
 
 
 def _instruction(statement: str, line: int, kernel_line: str, scope: str) -> Instruction:

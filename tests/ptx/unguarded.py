@@ -5,19 +5,26 @@ Copies (cp.async) and products (wgmma, tcgen05.mma) go on while a program's thre
 * what a product reads in shared memory must not be overwritten, by a copy or a store; and after the wait not before a
   barrier, as other warps may not have waited yet;
 * registers that a wgmma reads its left operand from must not be written, and those it adds to not be touched;
-* bytes that a copy writes must not be read or written; and after the wait not read before a barrier, as other threads
-  copied them.
+* bytes that a copy writes must not be read or written; and after the wait not before a barrier, as other threads copied
+  them.
+
+Before they begin, a barrier must stand between other threads' stores and a product that reads them, and between other
+threads' loads and a copy that overwrites them.
 
 :func:`faults` follows every path through the code, loops included, with the integers that all follow from a thread's
 number and from constants: addresses in shared memory, the numbers of a loop's buffers, descriptors. On the way it keeps
 which groups of copies and products can be pending, and what each touches. A path ends where the same place is reached
 again with the same numbers and the same work pending, so what it says holds for every number of iterations.
 
-It is careful: an address that it cannot compute is all of shared memory, a guard holds, a condition is true and false.
-Where there are products of tcgen05, whose waits and branches depend on one another, conditions are computed instead,
-for some lengths of the loops. It does not see what ptxas makes of the PTX; what threads that branch differently do
-where a branch skips it for all others; races that have nothing to do with asynchronous work; missing proxy fences;
-copies by the bulk copy engine; tensor memory; whether a product's arithmetic is right. ``../shared/ptx`` executes the
+It is careful: an address that it cannot compute is all of shared memory, a guard of something that touches memory
+holds, a condition is true and false, and what orders work under a guard that is not known, or is of these families and
+not known here, is a fault by itself. Where there are products of tcgen05, whose waits and branches depend on one
+another, conditions are computed instead, for the lengths that make for some iterations of a loop. Where threads take a
+branch differently, what it skips counts as done by all.
+
+It does not see what ptxas makes of the PTX; races between loads and stores; missing fences, of the proxy and of wgmma;
+copies by the bulk copy engine; tensor memory, and so what tcgen05 does to it; that a try_wait is repeated until it
+succeeds, and that something arrives at all; whether a product's arithmetic is right. ``../shared/ptx`` executes the
 same code and sees some of these.
 """
 
@@ -32,14 +39,14 @@ import numpy as np
 from tests.ptx.pending import Pending, Product
 from tests.ptx.regions import EVERYWHERE, Operand, operand, region
 from tests.ptx.text import Instruction, Program, elements, parse, registers
-from tests.ptx.values import Value, constant, evaluate, literal, parts, special
+from tests.ptx.values import U64, Value, constant, evaluate, literal, parts, special
 
 #: States in which one place is reached: with so many, numbers that vary among them are taken for unknown.
 MANY = 64
 #: States in all: a kernel with more is refused.
 TOO_MANY = 20_000
-#: All that there is of a loop with three buffers and two barriers of two phases each, and one more.
-ITERATIONS = (1, 2, 3, 4, 5, 6, 7, 13)
+#: None, a few, and one more than three buffers and two barriers of two phases each have states.
+ITERATIONS = (*range(8), 13)
 WARP_GROUP = 128  #: threads
 
 Numbers = dict[str, Value]
@@ -47,13 +54,17 @@ Found = dict[tuple[int, int, str], str]  #: by the lines that it is about
 
 _WGMMA, _TCGEN05 = "wgmma.mma_async", "tcgen05.mma"
 _COPIES = ("cp.async.ca.", "cp.async.cg.")
-_READS = ("ld.shared", "ldmatrix")
-_WRITES = ("st.shared", "stmatrix")
 _BARRIERS = ("bar.sync", "barrier.")
 _RETURNS = ("ret", "exit")
 _ORDER = (
-    *_BARRIERS, *_RETURNS, "cp.async.commit", "cp.async.wait", "wgmma.commit", "wgmma.wait", "tcgen05.commit",
-    "mbarrier.init", "mbarrier.try_wait", "bra",
+    *_BARRIERS, "cp.async.commit", "cp.async.wait", "wgmma.fence", "wgmma.commit", "wgmma.wait", "tcgen05.commit",
+    "mbarrier.init", "mbarrier.try_wait",
+)  # fmt: skip
+#: Of these, what is not listed after them is a fault.
+_FAMILIES = ("cp.async", "wgmma", "tcgen05", "mbarrier", "brx")
+_KNOWN = (
+    *_COPIES, *_ORDER, _WGMMA, _TCGEN05, "tcgen05.ld", "tcgen05.st", "tcgen05.wait", "tcgen05.fence", "tcgen05.alloc",
+    "tcgen05.dealloc", "tcgen05.relinquish_alloc_permit", "mbarrier.inval",
 )  # fmt: skip
 
 
@@ -79,13 +90,24 @@ def _is(instruction: Instruction, *names: str) -> bool:
     return instruction.opcode.startswith(names)
 
 
+def _stores(instruction: Instruction) -> bool:
+    """Whether it writes shared memory, at once."""
+    kind = instruction.parts[0]
+    return kind == "stmatrix" or (kind in ("st", "atom", "red") and "shared" in instruction.opcode)
+
+
+def _loads(instruction: Instruction) -> bool:
+    """Whether it reads shared memory, at once."""
+    return instruction.parts[0] == "ldmatrix" or (instruction.parts[0] == "ld" and "shared" in instruction.opcode)
+
+
 def _places(instruction: Instruction) -> list[str]:
     """Operands that say what an instruction touches: addresses in shared memory, descriptors, phases."""
     o = instruction.operands
-    if _is(instruction, *_COPIES, *_WRITES, "tcgen05.commit", "mbarrier.init"):
+    if _is(instruction, *_COPIES, "tcgen05.commit", "mbarrier.init"):
         return o[:1]
-    if _is(instruction, *_READS):
-        return o[1:2]
+    if _loads(instruction) or _stores(instruction):
+        return [next(x for x in o if x[0] == "[")]
     if _is(instruction, _WGMMA):
         return [x for x in o[1:3] if x[0] != "{"]
     if _is(instruction, _TCGEN05):
@@ -101,8 +123,14 @@ class _Walk:
         self.length = length  #: of all 32-bit arguments; None is not known
         self.conditions = _conditions(program.code)
         self.numbers = _computed_from(program.code, self.conditions if length is not None else ()) | self.conditions
-        self.held = {r for i in program.code if _is(i, _WGMMA) for o in i.operands[:2] for r in registers(o)}
+        products = [i for i in program.code if _is(i, _WGMMA)]
+        self.held = {r for i in products for o in i.operands[:2] if o[0] == "{" for r in registers(o)}
         self.code, self.labels = self._what_matters(program)
+        #: Groups that a wait leaves, at the most.
+        self.most_copies, self.most_products = (
+            max((int(i.operands[0]) for i in program.code if _is(i, f"{family}.wait_group")), default=0)
+            for family in ("cp.async", "wgmma")
+        )
         self.live = self._liveness()
         self.regions: dict[tuple, int] = {}
         self.found: Found = {}
@@ -112,7 +140,8 @@ class _Walk:
         kept, at = [], []
         for i in program.code:
             at.append(len(kept))
-            if _places(i) or _is(i, *_ORDER) or i.writes & self.numbers or (i.writes | i.reads) & self.held:
+            orders = _is(i, *_FAMILIES, *_BARRIERS, *_RETURNS, "bra")
+            if orders or _places(i) or i.writes & self.numbers or (i.writes | i.reads) & self.held:
                 kept.append(i)
         at.append(len(kept))
         return kept, {name: at[place] for name, place in program.labels.items()}
@@ -153,7 +182,8 @@ class _Walk:
                         break
                     seen[at].add(state)
                     if sum(map(len, seen.values())) > TOO_MANY:
-                        raise RuntimeError(f"more than {TOO_MANY} states")
+                        self._report(self.code[at], "is reached in too many states to follow them all: at")
+                        return self.found
                     if len(seen[at]) % MANY == 0 and self.length is None:
                         unknown[at] |= _varied(state[0] for state in seen[at])
                 i = self.code[at]
@@ -162,9 +192,9 @@ class _Walk:
                     break
                 if _is(i, "bra"):
                     target, holds = self.labels[i.operands[0]], self._guard(i, numbers)
-                    if holds is None and i.guard not in numbers:
+                    # Where threads differ, some go on and the others wait for them at a target ahead.
+                    if holds is None and (i.guard not in numbers or target < at):
                         todo.append((target, dict(numbers), pending))
-                    # Where threads differ, some go on and the others wait for them at the target.
                     at = target if holds else at
                     continue
                 pending = self._execute(i, numbers, pending)
@@ -192,29 +222,42 @@ class _Walk:
         if _is(i, *_COPIES):
             where = self._region(i, numbers, int(i.operands[2], 0))
             self._write(i, where, pending)
+            if pending.loaded & where:
+                self._report(i, "overwrites what other threads may still load: no barrier since")
             return pending.copy(where)
         if _is(i, _WGMMA, _TCGEN05):
             product = self._product(i, numbers)
             self._multiply(product, pending)
             return pending.multiply(product)
-        if _is(i, *_WRITES):
-            self._write(i, self._region(i, numbers, _width(i)), pending)
-        elif _is(i, *_READS):
-            self._read(i, self._region(i, numbers, _width(i)), pending)
-        elif _is(i, *_ORDER):
+        if _is(i, *_ORDER):
+            # One thread is chosen for these, so that their guards are not known.
+            if holds is None and not _is(i, "tcgen05.commit", "mbarrier.init"):
+                self._report(i, "orders work for some threads only, it seems")
             return self._order(i, numbers, pending)
+        if _is(i, *_FAMILIES) and not _is(i, *_KNOWN):
+            self._report(i, "is an instruction that this check does not know")
+        if _stores(i):
+            where = self._region(i, numbers, _width(i))
+            self._write(i, where, pending)
+            if pending.copied & where:
+                self._report(i, "overwrites what other threads may still copy: no barrier since the wait")
+            pending = pending._replace(stored=pending.stored | (0 if where == EVERYWHERE else where))
+        elif _loads(i):
+            where = self._region(i, numbers, _width(i))
+            self._read(i, where, pending)
+            pending = pending._replace(loaded=pending.loaded | (0 if where == EVERYWHERE else where))
         if i.writes & self.numbers:
             self._compute(i, numbers, holds)
         return pending
 
     def _order(self, i: Instruction, numbers: Numbers, pending: Pending) -> Pending:
-        """Commits and waits; those for barriers whose address is not known do nothing."""
+        """Commits, waits and fences; those for barriers whose address is not known do nothing."""
         if _is(i, "cp.async.commit"):
-            return pending.commit_copies()
+            return pending.commit_copies(self.most_copies)
         if _is(i, "cp.async.wait"):
             return pending.wait_for_copies(int(i.operands[0]) if i.operands else None)
         if _is(i, "wgmma.commit"):
-            return pending.commit_products()
+            return pending.commit_products(self.most_products)
         if _is(i, "wgmma.wait"):
             return pending.wait_for_products(int(i.operands[0]))
         if _is(i, *_BARRIERS) and len(i.operands) == 1:  # of all threads
@@ -226,7 +269,8 @@ class _Walk:
             if address is not None and _is(i, "mbarrier.init"):
                 return pending.start_barrier(int(address[0]))
             if address is not None and parity[0] is not None:
-                return pending.wait_for_phase(int(address[0]), int(parity[0][0]) & 1)
+                where = int(address[0]), int(parity[0][0]) & 1
+                return pending.wait_for_phase(*where)
         return pending
 
     # ---- numbers
@@ -257,7 +301,8 @@ class _Walk:
     def _address(self, text: str, numbers: Numbers) -> Value:
         base, _, offset = text.strip("[] ").partition("+")
         value = self._value(base.strip(), numbers)
-        return value if value is None or not offset else value + constant(int(offset, 0))
+        # Addresses in shared memory have 32 bits.
+        return None if value is None else value + constant(int(offset or "0", 0)) & U64(0xFFFFFFFF)
 
     def _region(self, i: Instruction, numbers: Numbers, width: int) -> int:
         addresses, active = self._address(_places(i)[0], numbers), numbers.get(i.guard)
@@ -329,6 +374,8 @@ class _Walk:
     def _multiply(self, product: Product, pending: Pending) -> None:
         i = product.instruction
         self._read(i, product.operands, pending)
+        if pending.stored & product.operands:
+            self._report(i, "reads what other threads may still store: no barrier since")
         for other in pending.in_flight():
             if other.sums & product.left or (other.sums & product.sums and other.sums != product.sums):
                 self._report(i, "reads registers that {} may still add to", other.instruction)
@@ -364,7 +411,8 @@ def _conditions(code: list[Instruction]) -> frozenset[str]:
     for i in code:
         for register in i.writes if i.parts[-1] == "pred" else ():
             sources[register] |= i.reads
-    return _closure([i.guard for i in code if i.guard and _is(i, *_ORDER, _WGMMA, _TCGEN05)], sources)
+    ordering = (*_ORDER, *_RETURNS, "bra", _WGMMA, _TCGEN05)
+    return _closure([i.guard for i in code if i.guard and _is(i, *ordering)], sources)
 
 
 def _closure(seeds: list[str], sources: dict[str, set[str]]) -> frozenset[str]:

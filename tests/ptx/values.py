@@ -49,14 +49,11 @@ def _signed(x: np.ndarray, bits: int) -> np.ndarray:
     return (x << U64(64 - bits)).view(np.int64) >> np.int64(64 - bits)
 
 
-def _shift(f, x: np.ndarray, by: np.ndarray, bits: int) -> np.ndarray:
-    """PTX clamps what is shifted by."""
-    return np.where(by >= U64(bits), f(x, U64(bits - 1)) if f is np.right_shift else U64(0), f(x, by))
-
-
-def _extract(x: np.ndarray, at: np.ndarray, length: np.ndarray, kind: str) -> np.ndarray:
-    """bfe with a length of at least one."""
+def _extract(x: np.ndarray, at: np.ndarray, length: np.ndarray, kind: str) -> Value:
+    """bfe of at least one bit, none of them beyond the last."""
     bits = bits_of(kind)
+    if not ((length > 0) & (at + length <= U64(bits))).all():
+        return None
     found = (x >> at) & ((U64(1) << length) - U64(1))
     if kind[0] == "u":
         return found
@@ -90,10 +87,14 @@ _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 def evaluate(instruction: Instruction, sources: list[Value], threads: int) -> Value:
     """The result, if it follows from what is known of the operands after the first; a vector's elements one by one."""
-    name, *_, kind = instruction.parts
-    mods = instruction.parts
+    name, *_, kind = mods = instruction.parts
     bits = bits_of(kind)
-    if name in ("and", "or", "mul", "mul24") and any(x is not None and not x.any() for x in sources) and name != "or":
+    # A literal of -1 is all ones, of whatever width.
+    widths = [bits // len(sources) if name == "mov" else bits] * len(sources)
+    if name == "mad" and "wide" in mods:
+        widths[2] = 2 * bits
+    sources = [None if x is None else _cut(x, width) for x, width in zip(sources, widths, strict=True)]
+    if name in ("and", "mul") and any(x is not None and not x.any() for x in sources):
         return constant(0)
     if name == "selp" and sources[2] is not None:
         if sources[2].all():
@@ -101,7 +102,7 @@ def evaluate(instruction: Instruction, sources: list[Value], threads: int) -> Va
         if not sources[2].any():
             return sources[1]
     if any(x is None for x in sources) or kind[0] == "f" or kind.startswith("bf"):
-        return sources[0] if name == "mov" and len(sources) == 1 else None
+        return None
     with np.errstate(over="ignore"):
         return _known(name, mods, kind, bits, sources, threads)
 
@@ -137,14 +138,14 @@ def _known(name: str, mods: list[str], kind: str, bits: int, s: list[np.ndarray]
     if name == "neg":
         return _cut(U64(0) - s[0], bits)
     if name == "shl":
-        return _cut(_shift(np.left_shift, s[0], s[1], bits), bits)
+        return np.where(s[1] >= U64(bits), U64(0), _cut(s[0] << s[1], bits))
     if name == "shr":
         if kind[0] == "s":
             by = np.minimum(s[1], U64(bits - 1)).astype(np.int64)
             return _cut((_signed(s[0], bits) >> by).view(U64), bits)
         return np.where(s[1] >= U64(bits), U64(0), s[0] >> s[1])
     if name == "bfe":
-        return _extract(s[0], s[1], s[2], kind) if (s[2] > 0).all() else None
+        return _extract(s[0], s[1], s[2], kind)
     if name == "bfi":
         mask = ((U64(1) << s[3]) - U64(1)) << s[2]
         return (s[1] & ~mask) | ((s[0] << s[2]) & mask)

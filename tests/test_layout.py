@@ -1,0 +1,67 @@
+"""Results lie in memory as those of the PyTorch code that a module replaces, in training and in evaluation."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastbf import BatchFormer, BatchFormerLayer
+from tests.triton_case import DEVICE
+
+N, L, C = 5, 3, 32
+BACKENDS = ("torch", "triton")
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(N, L, C, device=DEVICE),
+    "other first": lambda: torch.randn(L, N, C, device=DEVICE).transpose(0, 1),
+    "channels second": lambda: torch.randn(N, C, L, device=DEVICE).transpose(1, 2),
+    "backwards": lambda: torch.randn(C, L, N, device=DEVICE).permute(2, 1, 0),
+    "every second": lambda: torch.randn(N, 2 * L, C, device=DEVICE)[:, ::2],
+    "first channels": lambda: torch.randn(N, L, 2 * C, device=DEVICE)[:, :, :C],
+    "two dimensions": lambda: torch.randn(N, C, device=DEVICE),
+    "two, transposed": lambda: torch.randn(C, N, device=DEVICE).T,
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer(backend, batch_first, norm_first, training, make):
+    options = {"dropout": 0.0, "batch_first": batch_first, "norm_first": norm_first, "device": DEVICE}
+    theirs = nn.TransformerEncoderLayer(C, 2, C, **options).train(training)
+    ours = BatchFormerLayer(C, 2, C, **options, backend=backend).train(training)
+    ours.load_state_dict(theirs.state_dict())
+    x = make()
+    found, expected = ours(x), theirs(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fork_and_a_mix_can_be_viewed(backend, num_layers, make):
+    x = make()
+    former = BatchFormer(C, num_layers=num_layers, backend=backend, device=DEVICE)
+    assert former(x).is_contiguous()
+    assert former.mix(x).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_in_the_second_dimension(backend):
+    former = BatchFormer(C, batch_dim=1, backend=backend, device=DEVICE)
+    for x in (torch.randn(L, N, C, device=DEVICE), torch.randn(N, L, C, device=DEVICE).transpose(0, 1)):
+        assert former(x).is_contiguous()
+        assert former.mix(x).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((4, 5), torch.channels_last), ((2, 3, 2), torch.channels_last_3d)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_maps_keep_their_format(backend, shape, channels_last):
+    former = BatchFormer(C, channel_dim=1, backend=backend, device=DEVICE)
+    x = torch.randn(N, C, *shape, device=DEVICE)
+    for features, kept in ((x, torch.contiguous_format), (x.contiguous(memory_format=channels_last), channels_last)):
+        for out in (former(features), former.mix(features)):
+            assert out.is_contiguous(memory_format=kept)
