@@ -11,7 +11,6 @@ candidate, so that they rank as they would alone.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import multiprocessing
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.records import Environment, environment
+from bench.records import Environment, environment, output
 from bench.tiles import Case, candidates, cases
 from bench.timing import times
 from bench.workloads import HEADS
@@ -216,16 +215,12 @@ def _text(config: Config) -> str:
 def show(results: Iterable[Result], path: Path) -> None:
     """Writes results to a CSV as they come; in the end prints what is best, and what the table might say instead."""
     where, seen = environment(_device()), []
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow([*Environment._fields, *Result._fields])
+        with output(path, [*Environment._fields, *Result._fields]) as put:
             for r in results:
                 seen.append(r)
                 shown = "" if r.milliseconds is None else f"{r.milliseconds:.5g}"
-                rows.writerow([*where, *r._replace(config=_text(r.config), milliseconds=shown)])
-                file.flush()
+                put([*where, *r._replace(config=_text(r.config), milliseconds=shown)])
     finally:  # a sweep that is cut short has found something too
         _summarise(seen)
     print(f"\nwritten to {path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"### (.+?)\n.*?```python\n(.+?)```", README, flags=re.DOTALL)
 
 
@@ -20,6 +20,6 @@ def test_example(title, code):
 
 
 def test_commands_are_make_targets():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for command in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert command in targets
