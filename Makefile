@@ -30,7 +30,7 @@ $(VENV)/triton-%: $(READY)
 aot: $(READY) $(OLD_TRITON) $(NEW_TRITON)
 	$(RUN) -m tests.aot
 	PYTHONPATH=$(OLD_TRITON) $(RUN) -m tests.aot --sm 80 86 90
-	PYTHONPATH=$(NEW_TRITON) $(RUN) -m tests.aot
+	PYTHONPATH=$(NEW_TRITON) $(RUN) -m tests.aot --kernel backward_key_value --sm 90
 
 emulate: $(READY)
 	$(RUN) -m tests.emulate --emulator $(EMULATOR)
