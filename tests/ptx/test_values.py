@@ -70,6 +70,7 @@ def result(opcode, *sources, threads=64):
         ("mad.wide.s32", (MINUS, 2, 1 << 40), (1 << 40) - 2),
         ("shl.b64", (1, 40), 1 << 40),
         ("bfe.s32", (0x80000000, 30, 4), None),
+        ("mov.b128", (7, 1), None),
         ("add.s32", (None, 2), None),
         ("mul.f32", (1, 2), None),
         ("elect.sync", (MINUS,), None),

@@ -89,6 +89,8 @@ def evaluate(instruction: Instruction, sources: list[Value], threads: int) -> Va
     """The result, if it follows from what is known of the operands after the first; a vector's elements one by one."""
     name, *_, kind = mods = instruction.parts
     bits = bits_of(kind)
+    if bits > 64:
+        return None
     # A literal of -1 is all ones, of whatever width.
     widths = [bits // len(sources) if name == "mov" else bits] * len(sources)
     if name == "mad" and "wide" in mods:
