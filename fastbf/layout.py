@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def like(x: Tensor, source: Tensor) -> Tensor:
     """x, of source's shape, with the strides of ``torch.empty_like(source)``, as a sum has that begins with source."""
     if source.is_contiguous():
         return x.contiguous()
-    strides = torch.empty_like(source, device="meta").stride()
-    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
-    back = sorted(range(x.dim()), key=order.__getitem__)
-    return x.permute(order).contiguous().permute(back)
+    order = _outermost_first(torch.empty_like(source, device="meta").stride())
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _outermost_first(strides: Sequence[int]) -> list[int]:
+    """Dimensions by descending stride. Compares one by one, as a compiler sorts no symbols."""
+    order: list[int] = []
+    for dim, stride in enumerate(strides):
+        at = 0
+        while at < len(order) and strides[order[at]] >= stride:
+            at += 1
+        order.insert(at, dim)
+    return order
 
 
 def formatted(x: Tensor, source: Tensor) -> Tensor:
     """x in source's memory format, channels last or contiguous, as ``torch.cat`` gives it."""
-    channels_last = _CHANNELS_LAST.get(source.dim())
-    if channels_last is None or source.is_contiguous() or not source.is_contiguous(memory_format=channels_last):
-        return x.contiguous()
-    return x.contiguous(memory_format=channels_last)
+    # By strides: transforms of torch.func do not tell memory formats.
+    if source.dim() in (4, 5) and not source.is_contiguous() and source.movedim(1, -1).is_contiguous():
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()

@@ -65,3 +65,26 @@ def test_feature_maps_keep_their_format(backend, shape, channels_last):
     for features, kept in ((x, torch.contiguous_format), (x.contiguous(memory_format=channels_last), channels_last)):
         for out in (former(features), former.mix(features)):
             assert out.is_contiguous(memory_format=kept)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_under_a_compiler_and_under_transforms(norm_first, batch_first):
+    """Strides are symbols for the one; the others tell no memory formats."""
+    layer = BatchFormerLayer(C, 2, C, dropout=0.0, norm_first=norm_first, batch_first=batch_first)
+    x = torch.randn(L, N, C).transpose(0, 1)
+    for dynamic in (False, True):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(x), layer(x))
+    both = torch.stack([x, 2 * x]).transpose(1, 2)
+    torch.testing.assert_close(torch.func.vmap(layer)(both), torch.stack([layer(part) for part in both]))
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.transpose(-1, -2), lambda x: x.movedim(1, -1)])
+def test_feature_maps_under_transforms(make):
+    x = make(torch.randn(N, C, 4, 4))
+    former = BatchFormer(C, channel_dim=1 if x.shape[1] == C else -1, dropout=0.0)
+    many = x.unsqueeze(0).expand(2, *x.shape)
+    torch.testing.assert_close(torch.func.vmap(former)(many)[1], former(x))
+    maps = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.func.vmap(former)(maps.unsqueeze(0).expand(2, *x.shape))[1], former(x))
