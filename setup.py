@@ -17,7 +17,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastbf", "fastbf.kernels"],
+    packages=["fastbf", "fastbf.kernels", "fastbf.torch_backend"],
     package_dir={"fastbf": "fastbf", "fastbf.kernels": "kernels"},
     package_data={"fastbf": ["py.typed"]},
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],

@@ -53,6 +53,8 @@ def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> Non
 
 
 def probability(name: str, p: float) -> float:
+    if type(p) is float and 0 <= p <= 1:
+        return p
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{name} must be a number, got {type(p).__name__}")
     if not 0 <= p <= 1:
@@ -61,6 +63,8 @@ def probability(name: str, p: float) -> float:
 
 
 def finite(name: str, value: object) -> float:
+    if type(value) is float and -math.inf < value < math.inf:  # what is usual needs no look at abstract classes
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # as math.isfinite, which torch.compile does not trace for every number
@@ -69,6 +73,8 @@ def finite(name: str, value: object) -> float:
 
 
 def integer(name: str, value: object) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return int(value)

@@ -19,7 +19,7 @@ def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums and statistics are kept in fp32, or in fp64 for fp64 inputs (DESIGN section 5)."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def loss_dtype(dtype: torch.dtype, target: Tensor, logit_bias: Tensor | None) -> torch.dtype:

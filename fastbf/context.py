@@ -12,12 +12,22 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+_NOTHING = nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast turns x into where it enters a matrix product; None if it leaves x alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if not _autocasts(device) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -36,8 +46,7 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """What runs under this computes in the dtypes it is given."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else _NOTHING
 
 
 def traced_as_constant(function: Callable[..., T]) -> Callable[..., T]:

@@ -20,17 +20,24 @@ holds of 32 in a tensor-core product, and it draws each number it needs once, in
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastbf.context import traced
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 7
 _ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+
+_threshold = torch.ops.aten.threshold_backward  # its first argument where the second passes the third, else 0
 
 # Words are read as smaller integers in memory order.
 assert sys.byteorder == "little"
@@ -78,23 +85,61 @@ def round_keys(seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Dropout:
-    """Draws multipliers (0 where dropped, 1/(1 - rate applied) where kept) for one layer call.
+    """The decisions of one call, as words: numbers of which those above ``limit`` are kept, and scaled by ``scale``.
 
     Args:
-        p: probability of dropping, in [0, 1]. 0 and 1 need no random numbers; see :meth:`multiplier`.
-        seed: int64 tensor of one element on the device of the result. Never read on the host.
-        dtype: of the multipliers.
+        p: probability of dropping, in [0, 1].
+        seed: int64 tensor of one element on the device of the words, never read on the host; or None, and the words
+            come from the default generator, as quickly as it gives them, in the order in which they are asked for.
+        dtype: of multipliers.
+        first: where attention's groups, the samples and attention's keys begin in the call that ``seed`` is for.
     """
 
-    def __init__(self, p: float, seed: Tensor, dtype: torch.dtype) -> None:
-        self.drop, self.dtype, self.device = threshold(p), dtype, seed.device
-        self.keys = round_keys(seed)
-        if self.drop == _HALF:
-            bits = torch.arange(256, device=self.device)[:, None] >> torch.arange(8, device=self.device)
-            self.table = ((bits & 1) * 2).to(dtype)
+    def __init__(
+        self, p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:  # fmt: skip
+        self.p, self.drop, self.dtype, self.first = p, threshold(p), dtype, first
+        self.limit = self.drop - _HALF - 0.5
+        self.scale = 0.0 if self.drop == _ALL else _ALL / (_ALL - self.drop)
+        self.keys = None if seed is None else round_keys(seed)
+        if seed is not None and self.drop == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
+            bits = torch.arange(256, device=seed.device)[:, None] >> torch.arange(8, device=seed.device)
+            self.table = ((bits & 1) - 1).to(torch.int16)
+        self.ahead: Tensor | None = None
+        #: A compiler or a transform looks on, and nobody asks for certain decisions: PyTorch's own dropout suits.
+        self.plain = seed is None and traced()
 
-    def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
-        """Multipliers for every column of the given rows.
+    def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
+        """Words of a piece of attention's scores, (groups, queries, keys), that begins at a group and a row."""
+        if self.keys is None:
+            return self._drawn(shape, device)
+        group, row = group + self.first[0], row + self.first[1]
+        groups = torch.arange(group, group + shape[0], device=device)[:, None]
+        rows = torch.arange(row, row + shape[1], device=device)
+        return self.words(Site.ATTENTION, groups, rows, shape[2], self.first[2])
+
+    def elements(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Words of a tensor (N, …, C) at one of the elementwise sites."""
+        if self.keys is None:
+            return self._drawn(shape, device)
+        positions = torch.arange(math.prod(shape[1:-1]), device=device).view(shape[1:-1])
+        rows = torch.arange(self.first[1], self.first[1] + shape[0], device=device)
+        return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
+
+    def draw_ahead(self, count: int, device: torch.device) -> None:
+        """Draws so many words from the default generator that are asked for next: for a small call, fewer calls of it."""
+        self.ahead = self._drawn((count,), device).to(self.dtype)
+
+    def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        count = math.prod(shape)
+        if self.ahead is not None:
+            words, self.ahead = self.ahead[:count], self.ahead[count:]
+            return words.view(shape)
+        numbers = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+        return numbers.view(torch.int16)[:count].view(shape)  # four of each number, which is what generators do quickest
+
+    def words(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
+        """The words that the seed gives every column of the given rows.
 
         Args:
             site: where in the layer.
@@ -104,42 +149,49 @@ class Dropout:
             first_column: the first of them, a multiple of 128.
 
         Returns:
-            (*broadcast shape of group and row, columns), in ``dtype``; p = 1 gives zeros.
+            (*broadcast shape of group and row, columns), int16.
         """
         shape = torch.broadcast_shapes(group.shape, row.shape)
-        if self.drop == _ALL:
-            return torch.zeros((*shape, columns), dtype=self.dtype, device=self.device)
         swapped = self.drop != _HALF and site == Site.ATTENTION
         per_call = 128 if self.drop == _HALF else 8
         # If swapped, four calls serve 32 columns, and the first of them alone the first few.
         calls = min(-(-columns // 2), 4 * -(-columns // 32)) if swapped else -(-columns // per_call)
-        block = torch.arange(calls, device=self.device) + first_column // per_call
+        block = torch.arange(calls, device=group.device) + first_column // per_call
         group, row = group[..., None], row[..., None]
         words = philox((block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site)), self.keys)
         if self.drop == _HALF:
             byte = words.view(torch.uint8).flatten(-2)[..., : -(-columns // 8)]
-            keep = self.table.index_select(0, byte.flatten().to(torch.int32)).view(*shape, byte.shape[-1] * 8)
-        else:
-            half = words.view(torch.int16)
-            if swapped:
-                half = half.view(*shape, -1, min(4, calls), 4, 2).transpose(-3, -2).flatten(-3)
-            half = half.flatten(-2)[..., :columns].to(torch.int32) & 0xFFFF
-            keep = (half >= self.drop).to(self.dtype).mul_(_ALL / (_ALL - self.drop))
-        return keep[..., :columns]
+            words = self.table.index_select(0, byte.flatten().to(torch.int32))
+            return words.view(*shape, byte.shape[-1] * 8)[..., :columns]
+        if swapped:
+            words = words.view(*shape, -1, min(4, calls), 4).mT
+        halves = words.flatten(len(shape)).view(torch.int16).bitwise_xor_(-_HALF)  # unsigned numbers, in their order
+        return halves[..., :columns]
+
+    def keep(self, x: Tensor, words: Tensor) -> Tensor:
+        """x where kept, else 0; not scaled. Differentiable, and a single pass, vectorised on CPUs."""
+        if x.dtype.itemsize < 4:  # too narrow to hold a word
+            return _threshold(x.float(), words.float(), self.limit).to(x.dtype)
+        return _threshold(x, words, self.limit)
+
+    def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
+        """As :meth:`words`, but what dropout multiplies by: 0 where dropped, ``scale`` where kept, in ``dtype``."""
+        return self.as_multiplier(self.words(site, group, row, columns, first_column))
+
+    def as_multiplier(self, words: Tensor) -> Tensor:
+        """0 where dropped, ``scale`` where kept, in ``dtype``."""
+        return (words > self.limit).to(self.dtype).mul_(self.scale)
 
 
-def attention_mask(dropout: Dropout, q: Tensor, num_keys: int, first_row: int = 0) -> Tensor:
-    """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D).
+def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
+    """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D)."""
+    shape = (*q.shape[1:-1], q.shape[0], num_keys)
+    if dropout.plain:
+        return F.dropout(torch.ones(shape, dtype=dropout.dtype, device=q.device), dropout.p)
+    words = dropout.scores((math.prod(shape[:-2]), *shape[-2:]), q.device)
+    return dropout.as_multiplier(words).view(shape)
 
-    ``first_row``, here and below, is where the samples begin in the batch that dropout knows.
-    """
-    groups = torch.arange(q[0, ..., 0].numel(), device=q.device).view(*q.shape[1:-1], 1)
-    rows = torch.arange(q.shape[0], device=q.device) + first_row
-    return dropout.multiplier(Site.ATTENTION, groups, rows, num_keys)
 
-
-def elementwise_mask(dropout: Dropout, site: Site, x: Tensor, first_row: int = 0) -> Tensor:
+def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
     """The multiplier for a tensor x (N, …, C) at one of the elementwise sites."""
-    positions = torch.arange(x[0, ..., 0].numel(), device=x.device).view(x.shape[1:-1])
-    rows = (torch.arange(x.shape[0], device=x.device) + first_row).view(-1, *[1] * (x.dim() - 2))
-    return dropout.multiplier(site, positions, rows, x.shape[-1])
+    return dropout.as_multiplier(dropout.elements(site, x.shape, x.device))

@@ -11,17 +11,20 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastbf import checks, distributed, reference, torch_backend
+from fastbf import checks, distributed, reference
 from fastbf.backend import Choice, choose, give_up
 from fastbf.context import autocast, autocast_dtype, differentiated, transformed
 from fastbf.dropout import draw_seed, threshold
 from fastbf.process_groups import Batch, Facts, meet, name_of, rank_and_size
+from fastbf.torch_backend import attention, classifier, elementwise, encoder_layer as layer
+
+T = TypeVar("T")
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -38,34 +41,35 @@ class LossStats(NamedTuple):
     unadjusted_accuracy: Tensor  #: likewise without logit_bias: the accuracy of predictions, the one to report
 
 
-def _as_seed(seed: int | Tensor | None, p: float, device: torch.device) -> Tensor | None:
+def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, choice: Choice) -> Tensor | None:
+    """As a tensor. None where nothing is dropped, and where PyTorch's default generator decides without one."""
+    if seed is None:
+        return draw_seed(device) if p and choice.backend == "triton" else None
     checks.seed(seed, device)
     if p == 0:
         return None
-    if seed is None:
-        return draw_seed(device)
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _run(op: str, choice: Choice, backend: str, *args: Any, **options: Any) -> Any:
-    """``op`` by the chosen backend: each has a function of its name, with the same parameters.
+def _run(in_torch: Callable[..., T], choice: Choice, backend: str, *args: Any, **options: Any) -> T:
+    """An op by the chosen backend; on kernels it has the name and the parameters that it has in PyTorch.
 
     Where a kernel cannot be built, "auto" takes PyTorch from then on.
     """
-    in_torch = partial(getattr(torch_backend, op), *args, **options)
     if choice.backend == "torch":
-        return in_torch()
+        return in_torch(*args, **options)
     from fastbf import autograd
     from fastbf.kernels.launch import BuildError
 
-    on_kernels = partial(getattr(autograd, op), *args, **options)
+    op = in_torch.__name__
+    on_kernels = getattr(autograd, op)
     if backend == "triton" or torch.compiler.is_compiling():
-        return on_kernels()
+        return on_kernels(*args, **options)
     try:
-        return on_kernels()
+        return on_kernels(*args, **options)
     except BuildError as error:
         give_up(op, args[0].device, error)
-        return in_torch()
+        return in_torch(*args, **options)
 
 
 def batch_attention(
@@ -114,8 +118,8 @@ def batch_attention(
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "batch_attention", q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
-    seed = _as_seed(seed, p, q.device)
-    return _run("batch_attention", choice, backend, *autocast(q, k, v), scale=scale, p=p, seed=seed)
+    seed = _as_seed(seed, p, q.device, choice)
+    return _run(attention.batch_attention, choice, backend, *autocast(q, k, v), scale=scale, p=p, seed=seed)
 
 
 def dropout_add_layer_norm(
@@ -158,8 +162,8 @@ def dropout_add_layer_norm(
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
     choice = choose(backend, "dropout_add_layer_norm", x, residual)
-    seed = _as_seed(seed, p, x.device)
-    return _run("dropout_add_layer_norm", choice, backend, x, residual, weight, bias, p=p, eps=eps, seed=seed)
+    seed = _as_seed(seed, p, x.device, choice)
+    return _run(elementwise.dropout_add_layer_norm, choice, backend, x, residual, weight, bias, p=p, eps=eps, seed=seed)
 
 
 def activation_dropout(
@@ -192,7 +196,7 @@ def activation_dropout(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "activation_dropout", x)
-    return _run("activation_dropout", choice, backend, x, activation, p=p, seed=_as_seed(seed, p, x.device))
+    return _run(elementwise.activation_dropout, choice, backend, x, activation, p=p, seed=_as_seed(seed, p, x.device, choice))
 
 
 def encoder_layer(
@@ -263,34 +267,31 @@ def encoder_layer(
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
-    checks.floating("x", x)
-    checks.min_rank("x", x, 2, "(N, …, C)")
-    channels = x.shape[-1]
-    checks.heads("the width of x", channels, "num_heads", num_heads)
-    _check_weights(x, weights)
-    checks.same_device("x", x, {"plain": plain})
-    checks.shape("plain", plain, tuple(x.shape))
+    _check_layer(x, weights, num_heads)
+    if plain is not None and plain is not x:
+        checks.shape("plain", plain, tuple(x.shape))
+        checks.same_device("x", x, {"plain": plain})
     if forked and (plain is not None or x.shape[0] % 2):
         given = "plain as well" if plain is not None else f"{x.shape[0]} samples"
         raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
-    group = name_of(process_group)
+    group = None if process_group is None else name_of(process_group)
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
     if absent:  # others wait for what this rank computes, of nothing: a row stands in
         x, plain = _with_stand_in(x, plain, forked)
-    choice = choose(backend, "encoder_layer", x, head_dim=channels // num_heads)
+    choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
     options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps, "p": p}
-    options |= {"seed": _as_seed(seed, p, x.device), "plain": plain, "forked": forked}
+    options |= {"seed": _as_seed(seed, p, x.device, choice), "plain": plain, "forked": forked}
     if alone:
-        return _run("encoder_layer", choice, backend, x, weights, **options)
+        return _run(layer.encoder_layer, choice, backend, x, weights, **options)
     batch = _meet(group, x, weights, absent, choice, **options)
     if not (batch.total and x.numel()):
         x, batch = distributed.confirmed(x, batch), None  # nothing to send
     # No second try on PyTorch where a kernel cannot be built: the other ranks would not take part.
-    out = _run("encoder_layer", choice, choice.backend, x, weights, batch=batch, **options)
+    out = _run(layer.encoder_layer, choice, choice.backend, x, weights, batch=batch, **options)
     return out[:0] if absent else out
 
 
@@ -320,14 +321,26 @@ def _meet(
 _sound: set[tuple] = set()
 
 
-def _check_weights(x: Tensor, weights: reference.LayerWeights) -> None:
-    dtype = None if autocast_dtype(x) else x.dtype
-    facts = None
-    if not torch.compiler.is_compiling() and all(w is None or isinstance(w, Tensor) for w in weights):
-        facts = (x.shape[-1], x.device, dtype, *[w if w is None else (w.shape, w.dtype, w.device) for w in weights])
-        if facts in _sound:
-            return
+def _facts(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple | None:
+    """What the fit of ``tensors`` to x, which has at least two dimensions, depends on; None if nothing may be kept."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        shape, facts = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        return (len(shape) > 1, shape[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *facts)
+    except (AttributeError, IndexError):  # not all of them are tensors
+        return None
+
+
+def _check_layer(x: Tensor, weights: reference.LayerWeights, num_heads: int) -> None:
+    """That the tensors of an encoder layer fit each other."""
+    facts = _facts(x, weights, type(num_heads), num_heads)
+    if facts in _sound:
+        return
+    checks.floating("x", x)
+    checks.min_rank("x", x, 2, "(N, …, C)")
     channels, fields = x.shape[-1], weights._asdict()
+    checks.heads("the width of x", channels, "num_heads", num_heads)
     checks.min_rank("linear1_weight", checks.tensor("linear1_weight", weights.linear1_weight), 2, "(F, C)")
     width = weights.linear1_weight.shape[0]
     for name, rows in zip(
@@ -340,8 +353,32 @@ def _check_weights(x: Tensor, weights: reference.LayerWeights) -> None:
         checks.shape(weight, checks.floating(weight, fields[weight]), (rows, *columns))
         checks.shape(bias, fields[bias], (rows,))
     checks.same_device("x", x, fields)
-    if dtype is not None:
+    if autocast_dtype(x) is None:
         checks.same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
+    if facts is not None:
+        _sound.add(facts)
+
+
+def _check_classifier(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
+) -> None:
+    """That the tensors of a classifier fit its input and each other."""
+    facts = _facts(input, (linear_weight, linear_bias, weight, logit_bias))
+    if facts in _sound:
+        return
+    checks.floating("input", input)
+    checks.min_rank("input", input, 2, "(M, …, C)")
+    checks.min_rank("linear_weight", checks.floating("linear_weight", linear_weight), 2, "(K, C)")
+    num_classes = linear_weight.shape[0]
+    checks.shape("linear_weight", linear_weight, (num_classes, input.shape[-1]))
+    per_class = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    for name, t in per_class.items():
+        if t is not None:
+            checks.shape(name, checks.floating(name, t), (num_classes,))
+    checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
+    if autocast_dtype(input) is None:
+        checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+    checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
     if facts is not None:
         _sound.add(facts)
 
@@ -409,19 +446,8 @@ def linear_cross_entropy(
 
     Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
     """
-    checks.floating("input", input)
-    checks.min_rank("input", input, 2, "(M, …, C)")
-    checks.min_rank("linear_weight", checks.floating("linear_weight", linear_weight), 2, "(K, C)")
+    _check_classifier(input, linear_weight, linear_bias, weight, logit_bias)
     num_classes = linear_weight.shape[0]
-    checks.shape("linear_weight", linear_weight, (num_classes, input.shape[-1]))
-    per_class = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
-    for name, t in per_class.items():
-        if t is not None:
-            checks.shape(name, checks.floating(name, t), (num_classes,))
-    checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
-    if autocast_dtype(input) is None:
-        checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
-    checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
     scale = checks.finite("scale", scale)
     ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
@@ -431,7 +457,7 @@ def linear_cross_entropy(
     choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
     loss, of_streams = _run(
-        "linear_cross_entropy", choice, backend, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+        classifier.linear_cross_entropy, choice, backend, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
         logit_bias=logit_bias, scale=scale, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, forked=forked, stats=stats,
     )  # fmt: skip

@@ -122,13 +122,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         # A norm ends the parent's layer, and gives what is contiguous, or a sum that begins with src.
         return layout.like(out, src) if self.norm_first else out.contiguous()
 
-    def writes_forks(self, x: Tensor) -> bool:
-        """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do, on kernels."""
+    def forks(self, x: Tensor) -> bool:
+        """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do."""
         if type(self).forward is not BatchFormerLayer.forward or _is_altered(self) or self.parent_reason(x) is not None:
             return False
-        if self._group is not None and x.shape[0] == 0:  # nothing to write, but others to work for
-            return False
-        return choose(self.backend, self.op, x, head_dim=self.self_attn.head_dim).backend == "triton"
+        return x.shape[0] > 0
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
         """The fork of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
@@ -138,7 +136,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
         inside, activation = self._modules, self.activation  # a tenth of what attributes cost the host
         attention, dropout, norm1, norm2 = inside["self_attn"], inside["dropout"], inside["norm1"], inside["norm2"]
-        linear1, linear2, dropout1, dropout2 = (inside[n] for n in ("linear1", "linear2", "dropout1", "dropout2"))
+        linear1, linear2, dropout1, dropout2 = inside["linear1"], inside["linear2"], inside["dropout1"], inside["dropout2"]
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
         if _activation_name(activation) is None:
@@ -149,7 +147,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         ):  # fmt: skip
             if type(m) is not kind:
                 return "a module inside the layer was replaced."
-            if _is_altered(m):
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__:
                 return "a module inside the layer has hooks, or a forward of its own."
         if _is_altered(attention._modules["out_proj"]) or (
             isinstance(activation, nn.Module) and _is_altered(activation)
@@ -179,11 +177,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             )
 
     def _weights(self) -> reference.LayerWeights:
-        a = self.self_attn
+        inside = self._modules  # and parameters, likewise: attributes would cost as much as the rest of the call
+        attention, attended = inside["self_attn"]._parameters, inside["self_attn"]._modules["out_proj"]._parameters
+        linear1, linear2 = inside["linear1"]._parameters, inside["linear2"]._parameters
+        norm1, norm2 = inside["norm1"]._parameters, inside["norm2"]._parameters
         return reference.LayerWeights(
-            a.in_proj_weight, a.in_proj_bias, a.out_proj.weight, a.out_proj.bias,
-            self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias,
-            self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias,
+            attention["in_proj_weight"], attention["in_proj_bias"], attended["weight"], attended["bias"],
+            linear1["weight"], linear1["bias"], linear2["weight"], linear2["bias"],
+            norm1["weight"], norm1["bias"], norm2["weight"], norm2["bias"],
         )  # fmt: skip
 
     def _fused(self, x: Tensor, **fork: Any) -> Tensor:
@@ -355,19 +356,19 @@ class BatchFormer(nn.Module):
             targets = tuple(_doubled(target, n) for target in targets)
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
-        fork = self._fork_by_kernels(features, dims)
+        fork = self._fork(features, dims)
         if fork is None:
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = torch.cat([plain, self._mix(stream, dims)], dim=batch_dim)
         fork = layout.formatted(fork, features)
         return (fork, *targets) if targets else fork
 
-    def _fork_by_kernels(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
-        """The fork, written as such by the last layer's kernels; None where they cannot write it as features lie."""
+    def _fork(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
+        """The fork, written as such by the last layer; None where that cannot write it as the features lie."""
         *others, last = self.layers
-        x = features.movedim(dims, (0, -1))
+        x = _samples_first(features, dims)
         dense = x.is_contiguous() or x.movedim(0, -2).is_contiguous()
-        if not dense or not isinstance(last, BatchFormerLayer) or not last.writes_forks(x):
+        if not dense or not isinstance(last, BatchFormerLayer) or not last.forks(x):
             return None
         x = _flat(x)
         if others:
@@ -382,7 +383,7 @@ class BatchFormer(nn.Module):
         return layout.formatted(self._mix(features, self._dims(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
-        return _unflat(self._run(_flat(features.movedim(dims, (0, -1))), self.layers), features, dims)
+        return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
 
     def attention_map(self, features: Tensor) -> Tensor:
         """Softmax weights of the last layer, without dropout, for looking at sample relations.
@@ -391,7 +392,7 @@ class BatchFormer(nn.Module):
             (…, H, N, N): the positions in their order, then heads, queries, keys. With a ``process_group`` the keys
             are those of all ranks, in their order.
         """
-        x = features.movedim(self._dims(features), (0, -1))
+        x = _samples_first(features, self._dims(features))
         positions = x.shape[1:-1]
         with _evaluating(self.layers):
             x = self._run(_flat(x), self.layers[:-1])
@@ -430,6 +431,11 @@ class BatchFormer(nn.Module):
         return x
 
 
+def _samples_first(features: Tensor, dims: tuple[int, int]) -> Tensor:
+    """(N, …, C), a view, of features whose batch and channel dimension ``dims`` names."""
+    return features if dims == (0, features.dim() - 1) else features.movedim(dims, (0, -1))
+
+
 def _flat(x: Tensor) -> Tensor:
     """(N, C) as it is; (N, …, C) → (N, positions, C)."""
     return x if x.dim() == 2 else x.flatten(1, -2)
@@ -437,6 +443,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def _unflat(x: Tensor, features: Tensor, dims: tuple[int, int]) -> Tensor:
     """(N, C) or (N, positions, C) → the layout of ``features``, whose batch and channel dimension ``dims`` names."""
+    if features.dim() == 2 and dims == (0, 1):
+        return x
     shape = features.movedim(dims, (0, -1)).shape
     return x.view(x.shape[0], *shape[1:]).movedim((0, -1), dims)
 

@@ -10,7 +10,6 @@ kept, or None for no dropout. Masks are arguments, never drawn here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,17 +76,27 @@ def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None
     return _drop(F.relu(x) if activation == "relu" else F.gelu(x), mask)
 
 
-def self_attention(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, *, mask: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """Attention of the batch to itself. x (N, …, C), weight (3C, C), bias (3C,) → (N, …, H, D)."""
-    q, k, v = split_qkv(F.linear(x, weight, bias), num_heads)
-    return attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
-
-
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """The q, k, v that one GEMM left side by side in (N, …, 3C): three (N, …, H, D) views."""
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+
+
+def attention_input(x: Tensor, weights: LayerWeights, *, norm_first: bool, eps: float) -> Tensor:
+    """What an encoder layer's attention reads of its input x (N, …, C)."""
+    return F.layer_norm(x, (x.shape[-1],), weights.norm1_weight, weights.norm1_bias, eps) if norm_first else x
+
+
+def after_attention(
+    x: Tensor, o: Tensor, weights: LayerWeights, *, activation: str, norm_first: bool, eps: float, masks: LayerMasks
+) -> Tensor:  # fmt: skip
+    """The rest of an encoder layer, given its input x (N, …, C) and what attention made of it, o (N, …, H, D)."""
+    w, channels = weights, (x.shape[-1],)
+    s1 = x + _drop(F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias), masks.attention_output)
+    first, second = (w.norm1_weight, w.norm1_bias), (w.norm2_weight, w.norm2_bias)
+    z = F.layer_norm(s1, channels, *(second if norm_first else first), eps)
+    u = activation_dropout(F.linear(z, w.linear1_weight, w.linear1_bias), activation, mask=masks.activation)
+    b = _drop(F.linear(u, w.linear2_weight, w.linear2_bias), masks.feedforward_output)
+    return s1 + b if norm_first else F.layer_norm(z + b, channels, *second, eps)
 
 
 def encoder_layer(
@@ -99,33 +108,12 @@ def encoder_layer(
     norm_first: bool,
     eps: float,
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
-    self_attention: Callable[..., Tensor] = self_attention,
-    linear: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
-    """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C).
-
-    ``self_attention(x, weight, bias, num_heads, mask=)``, with its first product, and ``linear(x, weight, bias)``
-    compute what their names say; a backend passes quicker ones than these defaults.
-    """
-    w = weights
-
-    def attend(x: Tensor) -> Tensor:
-        o = self_attention(x, w.in_proj_weight, w.in_proj_bias, num_heads, mask=masks.attention)
-        return linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias)
-
-    def feedforward(z: Tensor) -> Tensor:
-        u = linear(z, w.linear1_weight, w.linear1_bias)
-        return linear(activation_dropout(u, activation, mask=masks.activation), w.linear2_weight, w.linear2_bias)
-
-    channels = (x.shape[-1],)
-    if norm_first:
-        x = x + _drop(attend(F.layer_norm(x, channels, w.norm1_weight, w.norm1_bias, eps)), masks.attention_output)
-        z = F.layer_norm(x, channels, w.norm2_weight, w.norm2_bias, eps)
-        return x + _drop(feedforward(z), masks.feedforward_output)
-    z = dropout_add_layer_norm(attend(x), x, w.norm1_weight, w.norm1_bias, eps=eps, mask=masks.attention_output)
-    return dropout_add_layer_norm(
-        feedforward(z), z, w.norm2_weight, w.norm2_bias, eps=eps, mask=masks.feedforward_output
-    )
+    """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C)."""
+    n = attention_input(x, weights, norm_first=norm_first, eps=eps)
+    q, k, v = split_qkv(F.linear(n, weights.in_proj_weight, weights.in_proj_bias), num_heads)
+    o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
+    return after_attention(x, o, weights, activation=activation, norm_first=norm_first, eps=eps, masks=masks)
 
 
 class CrossEntropyTerms(NamedTuple):
@@ -188,12 +176,13 @@ def linear_cross_entropy_terms(
 
 
 def linear_logits(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, scale: float, logit_bias: Tensor | None,
-    linear: Callable[..., Tensor] = F.linear,
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, scale: float, logit_bias: Tensor | None
 ) -> Tensor:  # fmt: skip
     """scale · (input · Wᵀ + b) + logit_bias, the product in its own dtype and the rest in fp32 or wider. (M, K)."""
-    product = linear(input, linear_weight, linear_bias)
-    return class_logits(product.to(compute_dtype(product.dtype)), scale, logit_bias)
+    product = F.linear(input, linear_weight, linear_bias)
+    if product.dtype.itemsize < 4:
+        product = product.float()
+    return class_logits(product, scale, logit_bias)
 
 
 def class_logits(z: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from fastbf import chunked_attention, reference
+from fastbf import reference
 from fastbf.dropout import Dropout, attention_mask
 from fastbf.functional import batch_attention
+from fastbf.torch_backend import attention as ways
 
 SEED = 42
 
@@ -39,9 +40,9 @@ def test_matches_the_formula(n, m, shape, p):
 
 
 @pytest.mark.parametrize("elements", [1, 50, 1000, 10**9])
-def test_chunks_change_nothing(elements, monkeypatch):
-    monkeypatch.setattr(chunked_attention, "chunk_elements", lambda *_: elements)
-    monkeypatch.setattr(chunked_attention, "_LONE_GROUP", 600)
+def test_pieces_change_nothing(elements, monkeypatch):
+    monkeypatch.setattr(ways, "CPU_PIECE", elements)
+    monkeypatch.setattr(ways, "WHOLE", 0)
     for n in (17, 30):
         q, k, v = inputs(n, n, 3, 2, 8)
         assert_same(batch_attention(q, k, v, dropout_p=0.5, seed=SEED), formula(q, k, v, 0.5), (q, k, v))

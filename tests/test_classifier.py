@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbf
-from fastbf import chunked_classifier
+from fastbf.torch_backend import classifier as chunked_classifier
 from fastbf.functional import linear_cross_entropy
 
 N, C, K = 12, 9, 7
@@ -73,6 +73,7 @@ def test_every_combination_of_options(forked, soft, weight, smoothing, bias, sca
 def test_chunks_change_nothing(k, keep, rows, monkeypatch):
     monkeypatch.setattr(chunked_classifier, "_MIN_ROWS", rows)
     monkeypatch.setattr(chunked_classifier, "chunk_elements", lambda *_: 0)
+    monkeypatch.setattr(chunked_classifier, "SMALL", 0)
     monkeypatch.setattr(chunked_classifier, "KEEP_LOGITS_BYTES", 1 << 30 if keep else 0)
     for forked, soft in itertools.product([False, True], repeat=2):
         x, w, b, y = case(k, forked=forked, soft=soft)
@@ -176,7 +177,8 @@ def test_accuracy_with_class_counts_and_without(soft, chunked, monkeypatch):
     """The prior says class 0 to nearly all rows; predictions do without it."""
     if chunked:
         monkeypatch.setattr("fastbf.torch_backend.chunk_elements", lambda *_: 1)
-        monkeypatch.setattr("fastbf.chunked_classifier.chunk_elements", lambda *_: 2 * K)
+        monkeypatch.setattr(chunked_classifier, "chunk_elements", lambda *_: 2 * K)
+        monkeypatch.setattr(chunked_classifier, "SMALL", 0)
     x, w, b, y = case(forked=True, soft=soft, ignored=() if soft else (1,), n=20)
     logit_bias = torch.tensor([50.0, *[0.0] * (K - 1)], dtype=torch.float64)
     _, stats = linear_cross_entropy(x, w, y, linear_bias=b, logit_bias=logit_bias, stats=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbf import gemm
+from fastbf.torch_backend import matmul as gemm
 
 
 @pytest.fixture(autouse=True, params=["mkl", "onednn"])

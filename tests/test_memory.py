@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastbf
-from fastbf import chunked_classifier, classifier
+from fastbf import classifier
+from fastbf.torch_backend import classifier as chunked_classifier
 from fastbf.chunks import chunk_elements
 from fastbf.functional import linear_cross_entropy
 from fastbf.kernels import cross_entropy

@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import gemm, reference
-from fastbf.chunks import chunk_elements, compute_dtype
-from fastbf.context import differentiated, donated, no_autocast
+from fastbf import reference
+from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype
+from fastbf.context import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
+from fastbf.torch_backend.matmul import linear, mm
 
 # A matrix product has so many rows at least.
 _MIN_ROWS = 512
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
+# Up to this many logits PyTorch's own operators are quickest.
+SMALL = 1 << 21
 
 
 class _Targets:
@@ -102,7 +105,7 @@ class _LinearCrossEntropy(Function):
         loss = x.new_empty(rows, dtype=dtype)
         correct = torch.empty(2, rows if count else 0, dtype=torch.bool, device=x.device)
         for r in [range(rows)] if keep else _products(x, num_classes):
-            z = gemm.linear(x[r.start : r.stop], linear_weight, linear_bias)
+            z = linear(x[r.start : r.stop], linear_weight, linear_bias)
             _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
             z = z if keep else None  # gone before the next product takes its room
         ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z)
@@ -128,18 +131,18 @@ class _LinearCrossEntropy(Function):
         with no_autocast(x):
             for r in chunks:
                 rows = slice(r.start, r.stop)
-                z = gemm.linear(x[rows], linear_weight, linear_bias) if kept is None else kept[rows]
+                z = linear(x[rows], linear_weight, linear_bias) if kept is None else kept[rows]
                 dz = z if room is None else room[: len(r)]
                 sums = _d_products(z, r, targets, grad, scale, logit_bias, needs[2] or needs[3], out=dz)
                 db = sums if db is None else db.add_(sums)
                 if needs[0]:
-                    part_of_dx = gemm.mm(dz, linear_weight)
+                    part_of_dx = mm(dz, linear_weight)
                     if dx is None:
                         dx = part_of_dx
                     else:
                         dx[rows] = part_of_dx
                 if needs[1]:
-                    dw = gemm.mm(dz.mT, x[rows]) if dw is None else gemm.add_mm(dw.to(grad.dtype), dz.mT, x[rows])
+                    dw = torch.mm(dz.mT, x[rows]) if dw is None else _add_mm(dw.to(grad.dtype), dz.mT, x[rows])
                 del z, dz
         return (
             dx,
@@ -220,6 +223,11 @@ def _parts(rows: range, z: Tensor) -> Iterator[range]:
     return _cut(rows, max(1, chunk_elements(z.device, compute_dtype(z.dtype)) // z.shape[1]))
 
 
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a · b, in total's dtype, which may be wider than that of a and b."""
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(torch.mm(a, b))
+
+
 def _cut(rows: range, step: int) -> Iterator[range]:
     for start in range(rows.start, rows.stop, step):
         yield range(start, min(start + step, rows.stop))
@@ -257,3 +265,47 @@ def linear_cross_entropy_rows(
             x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, label_smoothing,
             count_correct, keep,
         )  # fmt: skip
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
+    logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
+    stats: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
+    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy."""
+    rows, num_classes, probabilities, x = input.shape[:-1], linear_weight.shape[0], target.is_floating_point(), input
+    if len(rows) > 1:
+        x, target = input.flatten(0, -2), target.flatten(0, -2 if probabilities else -1)
+    x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)
+    dtype = compute_dtype(x.dtype) if autocast_dtype(input) else loss_dtype(x.dtype, target, logit_bias)
+    kind = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    small = x.shape[0] * num_classes <= SMALL or target.requires_grad or (weight is not None and weight.requires_grad)
+    right = None
+    if small or x.shape[0] == 0 or traced():
+        repeated = torch.cat([target, target]) if forked else target
+        unadjusted = reference.linear_logits(x, linear_weight, linear_bias, scale=scale, logit_bias=None)
+        logits = reference.class_logits(unadjusted, 1.0, logit_bias)
+        factor = None if weight is None else weight.to(logits.dtype)
+        if not stats:
+            loss = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
+            loss = loss.view(rows) if reduction == "none" else loss
+            return loss if loss.dtype == dtype else loss.to(dtype), None
+        loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
+        right = reference.correct(logits, unadjusted, repeated, ignore_index)
+    else:
+        loss, right = linear_cross_entropy_rows(
+            x, linear_weight, target, linear_bias=linear_bias, weight=weight, logit_bias=logit_bias, scale=scale,
+            **kind, count_correct=stats,
+        )  # fmt: skip
+    norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
+    each = norm.sum()  # of a stream
+    each = torch.where(each == 0, torch.nan, each)  # nothing counts, though smoothing may have left a loss
+    total = each * (2 if forked else 1)
+    reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
+    result = reduced[reduction]().to(dtype)
+    if not stats:
+        return result, None
+    streams = loss.detach().view(2 if forked else 1, -1)
+    counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
+    accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()
+    return result, (streams.sum(-1) / each.detach(), accuracy, unadjusted_accuracy)

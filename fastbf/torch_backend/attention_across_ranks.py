@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import exchange, gemm
-from fastbf.chunked_attention import AttentionTiles, batched
+from fastbf import exchange
 from fastbf.chunks import compute_dtype
 from fastbf.context import no_autocast
+from fastbf.dropout import Dropout
 from fastbf.once import once_differentiable
 from fastbf.process_groups import BATCH, Batch, confirm
 from fastbf.registered import COMMUNICATES, operator
+from fastbf.torch_backend.attention import Call, batched, pieces, scaled_bmm, unbatched
 
 
 class _AcrossRanks(Function):
@@ -91,13 +92,16 @@ def _forward_part(
 ) -> None:  # fmt: skip
     """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys, at their positions."""
     q, o, lse = _at(k, origin, q, o, lse=lse)
-    total = torch.empty(batched(q).shape, dtype=lse.dtype, device=q.device)
-    for tile in AttentionTiles(q, k, v, seed, scale, p, origin):
-        scores = tile.scores()
+    q, k, v = (batched(t, lse.dtype) for t in (q, k, v))
+    total, call = torch.empty_like(q), _call(scale, p, seed, origin, lse.dtype)
+    for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
+        scores = scaled_bmm(q[group, row], k[group].mT, scale)
         of_rows = torch.logsumexp(scores, dim=-1)
-        lse[tile.group, tile.row] = of_rows / math.log(2)
-        total[tile.group, tile.row] = gemm.bmm(tile.dropped((scores - of_rows[..., None]).exp_()), tile.v)
-    _unbatch(total, o)
+        lse[group, row] = of_rows / math.log(2)
+        words = call.words(scores.shape, q.device, group, row)
+        weights = call.sign(scores.sub_(of_rows[..., None]).exp_(), words, torch.empty_like(scores))
+        scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale, out=total[group, row])
+    o.copy_(unbatched(total, like=o))
 
 
 def _backward_part(
@@ -106,19 +110,27 @@ def _backward_part(
 ) -> None:  # fmt: skip
     """Writes the gradients of some keys' part in attention, at their positions; o and lse are those of all keys."""
     do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
-    g, o = (batched(t).to(lse.dtype) for t in (do, o))
-    gq, gk, gv = (torch.zeros(batched(t).shape, dtype=lse.dtype, device=t.device) for t in (q, k, v))
-    delta = (g * o).sum(-1, keepdim=True)
-    for tile in AttentionTiles(q, k, v, seed, scale, p, origin):
-        at = tile.group, tile.row
-        weights = (tile.scores() - lse[at][..., None] * math.log(2)).exp_()
-        d_weights = tile.dropped(gemm.bmm(g[at], tile.v.mT))
-        d_scores = d_weights.sub_(delta[at]).mul_(weights)
-        gq[at] = gemm.bmm(d_scores, tile.k).mul_(scale)
-        gk[tile.group].add_(gemm.bmm(d_scores.mT, tile.q), alpha=scale)
-        gv[tile.group].add_(gemm.bmm(tile.dropped(weights).mT, g[at]))
+    do, o, q, k, v = (batched(t, lse.dtype) for t in (do, o, q, k, v))
+    gq, gk, gv = (torch.zeros_like(t) for t in (q, k, v))
+    delta, call = (do * o).sum(-1, keepdim=True), _call(scale, p, seed, origin, lse.dtype)
+    for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
+        at = group, row
+        weights = scaled_bmm(q[at], k[group].mT, scale).sub_(lse[at][..., None] * math.log(2)).exp_()
+        words = call.words(weights.shape, q.device, group, row)
+        weights = call.sign(weights, words, torch.empty_like(weights))
+        dw = torch.ops.aten.threshold_backward(scaled_bmm(do[at], v[group].mT, call.kept_scale), weights, 0)
+        ds = dw.sub_(delta[at]).mul_(weights.abs())
+        scaled_bmm(ds, k[group], scale, out=gq[at])
+        gk[group].baddbmm_(ds.mT, q[at], alpha=scale)
+        gv[group].baddbmm_(weights.clamp_min_(0).mT, do[at], alpha=call.kept_scale)
     for total, out in ((gq, dq), (gk, dk), (gv, dv)):
-        _unbatch(total, out)
+        out.copy_(unbatched(total, like=out))
+
+
+def _call(
+    scale: float, p: float, seed: Tensor | None, origin: tuple[int, int, int], dtype: torch.dtype
+) -> Call:  # fmt: skip
+    return Call(scale, Dropout(p, seed, dtype, origin) if p else None)
 
 
 def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
@@ -126,11 +138,6 @@ def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) 
     (_, positions, heads, _), first = k.shape, origin[0]
     yield from (t[:, first // heads : first // heads + positions] for t in tensors)
     yield lse[first : first + positions * heads]
-
-
-def _unbatch(x: Tensor, out: Tensor) -> None:
-    """(G, N, D) → out (N, …, H, D), of any strides."""
-    out.copy_(x.unflatten(0, out.shape[1:-1]).movedim(-2, 0))
 
 
 def attention(

@@ -1,0 +1,243 @@
+"""The torch backend's attention along the batch, with dropout.
+
+What is kept of a score is its probability, whose sign says whether dropout keeps it: 4 bytes a score (8 in fp64), where
+PyTorch keeps the probability, the decision and the product of both. ``clamp_min`` gives what was kept, ``abs`` the
+probability, and a threshold at 0 masks a gradient. Three ways, chosen by sizes alone:
+
+- *whole*: few scores are worked on at once;
+- *in pieces*: more, as many at a time as stay in the cache;
+- *drawn again*: probabilities that would take too much memory are computed again in backward, from decisions that a
+  seed gives again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastbf import reference
+from fastbf.chunks import compute_dtype
+from fastbf.context import no_autocast, traced
+from fastbf.dropout import Dropout, attention_mask, draw_seed
+
+#: Scores worked on at a time: on a CPU, and on a GPU, where it bounds memory while every launch fills the machine.
+CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
+#: Bytes of probabilities that a call keeps for backward; of more it keeps none.
+KEPT_BYTES = 128 << 20
+#: Up to so many scores PyTorch's operators under autograd are quickest.
+WHOLE = 1 << 16
+
+_aten = torch.ops.aten
+
+
+def batched(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, …, H, D) → (G, N, D) with G = positions · H, contiguous."""
+    x = reference.heads_first(x)
+    return x.reshape(-1, *x.shape[-2:]).to(dtype).contiguous()
+
+
+def unbatched(x: Tensor, like: Tensor) -> Tensor:
+    """(G, N, D) → (N, …, H, D), contiguous, the shape and the dtype of ``like``."""
+    return x.view(*like.shape[1:-1], *x.shape[1:]).movedim(-2, 0).to(like.dtype).contiguous()
+
+
+def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale · a · b, of (G, M, K) and (G, K, N)."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
+
+
+class Call(NamedTuple):
+    """What attention does to scores."""
+
+    scale: float
+    dropout: Dropout | None
+
+    @property
+    def kept_scale(self) -> float:
+        return 1.0 if self.dropout is None else self.dropout.scale
+
+    def words(self, shape: Sequence[int], device: torch.device, group: slice, row: slice) -> Tensor | None:
+        """Those of a piece of the scores; None where nothing is dropped."""
+        return None if self.dropout is None else self.dropout.scores(shape, device, group.start, row.start)
+
+    def sign(self, weights: Tensor, words: Tensor | None, room: Tensor) -> Tensor:
+        """Gives weights, in place, a minus where dropout drops them; ``room`` is memory of their shape."""
+        return weights if words is None else weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
+
+    def weights(self, q: Tensor, k: Tensor, words: Tensor | None, out: Tensor, room: Tensor) -> Tensor:
+        """softmax(scale · q kᵀ), with signs, in ``out`` (G, N, M)."""
+        scores = scaled_bmm(q, k.mT, self.scale, out=room)
+        return self.sign(torch.softmax(scores, dim=-1, out=out), words, room)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, o: Tensor, out: Tensor, room: Tensor) -> None:
+        """Writes the result into ``o`` and the weights into ``out``."""
+        dropped = torch.clamp_min(self.weights(q, k, words, out, room), 0, out=room)
+        scaled_bmm(dropped, v, self.kept_scale, out=o)
+
+    def gradients(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        add: bool, ds: Tensor, room: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes dq; dk and dv too, or what they gain if ``add``. ``ds`` and ``room`` are memory of the weights' shape."""
+        scaled_bmm(do, v.mT, self.kept_scale, out=ds)
+        _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
+        dropped = torch.clamp_min(weights, 0, out=room)
+        torch.baddbmm(dv, dropped.mT, do, beta=add, alpha=self.kept_scale, out=dv)
+        _aten._softmax_backward_data.out(ds, torch.abs(weights, out=room), -1, ds.dtype, grad_input=ds)
+        scaled_bmm(ds, k, self.scale, out=dq)
+        torch.baddbmm(dk, ds.mT, q, beta=add, alpha=self.scale, out=dk)
+
+
+def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
+    """How many groups and rows of scores (G, N, M) are worked on at a time: several whole groups, or rows of one."""
+    (groups, rows, columns), size = shape, CPU_PIECE if device.type == "cpu" else GPU_PIECE
+    at_once = min(groups, max(1, size // (rows * columns)))
+    return at_once, rows if at_once > 1 else max(1, min(rows, size // columns))
+
+
+def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """The groups and rows of each piece."""
+    group_step, row_step = cut(shape, device)
+    for g in range(0, shape[0], group_step):
+        for r in range(0, shape[1], row_step):
+            yield slice(g, min(g + group_step, shape[0])), slice(r, min(r + row_step, shape[1]))
+
+
+def _rooms(count: int, x: Tensor, columns: int) -> Tensor:
+    """Memory for a piece, several times: for every piece anew it would cost as much as what is computed in it."""
+    return x.new_empty(count, *cut((*x.shape[:2], columns), x.device), columns)
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """drop(softmax(scale · q kᵀ)) v, and the weights with their signs if they are to be kept.
+
+    q (G, N, D), k and v (G, M, D), contiguous.
+    """
+    shape, o = (*q.shape[:2], k.shape[1]), torch.empty_like(q)
+    kept, rooms = q.new_empty(shape) if keep else None, _rooms(2, q, shape[2])
+    for group, row in pieces(shape, q.device):
+        q_piece = q[group, row]
+        room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
+        out = spare if kept is None else kept[group, row]
+        words = call.words(out.shape, q.device, group, row)
+        call.attend(q_piece, k[group], v[group], words, o[group, row], out, room)
+    return o, kept
+
+
+def backward(
+    call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, grads: Sequence[Tensor]
+) -> None:  # fmt: skip
+    """Writes the gradients of q, k and v, given that of the result and what :func:`forward` kept."""
+    shape, (dq, dk, dv), rooms = (*q.shape[:2], k.shape[1]), grads, _rooms(3, q, k.shape[1])
+    for group, row in pieces(shape, q.device):
+        q_piece, k_group = q[group, row], k[group]
+        ds, room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
+        if kept is None:
+            weights = call.weights(q_piece, k_group, call.words(ds.shape, q.device, group, row), spare, room)
+        else:
+            weights = kept[group, row]
+        call.gradients(
+            do[group, row], q_piece, k_group, v[group], weights, dq[group, row], dk[group], dv[group], row.start > 0,
+            ds, room,
+        )  # fmt: skip
+
+
+class _Attention(Function):
+    """Attention of q to k and v, (G, N, D) and (G, M, D), or of one tensor that stacks them, (3, G, N, D).
+
+    Saves them and the weights, or nothing else where those are too large: then the dropout has a seed.
+    """
+
+    @staticmethod
+    def forward(ctx, scale: float, dropout: Dropout, keep: bool, *qkv: Tensor) -> Tensor:
+        q, k, v = (t.to(dropout.dtype) for t in (qkv[0].unbind() if len(qkv) == 1 else qkv))
+        ctx.call = Call(scale, dropout)
+        o, kept = forward(ctx.call, q, k, v, keep)
+        ctx.save_for_backward(*qkv, kept)
+        return o.to(qkv[0].dtype)
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        *qkv, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, None, None, *_differentiable(ctx, do, qkv, kept)
+        with no_autocast(do):
+            dtype = ctx.call.dropout.dtype
+            qkv = [t.to(dtype) for t in qkv]
+            grads = [torch.empty_like(t) for t in qkv]
+            q, k, v, *each = (*qkv[0].unbind(), *grads[0].unbind()) if len(qkv) == 1 else (*qkv, *grads)
+            backward(ctx.call, do.to(dtype).contiguous(), q, k, v, kept, each)
+        return None, None, None, *grads
+
+
+def _differentiable(ctx, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
+    """The gradients with a graph of their own: those of the formula."""
+    # Aliases: where one input was computed from another, only the direct dependence is wanted here.
+    qkv = [t.view_as(t) for t in qkv]
+    q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
+    scale, dropout = ctx.call
+    if kept is None:
+        mask = dropout.as_multiplier(dropout.scores((*q.shape[:2], k.shape[1]), q.device))
+    else:
+        mask = (kept > 0).to(dropout.dtype).mul_(dropout.scale)
+    o = (torch.softmax(q * scale @ k.mT, dim=-1) * mask).to(v.dtype) @ v
+    needs = ctx.needs_input_grad[3:]
+    grads = iter(torch.autograd.grad(o, [t for t, n in zip(qkv, needs, strict=True) if n], do, create_graph=True))
+    return (next(grads) if need else None for need in needs)
+
+
+def _dropped(scale: float, dropout: Dropout, *qkv: Tensor) -> Tensor:
+    """Attention with dropout of what :class:`_Attention` takes, by the way that suits its size."""
+    q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
+    shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
+    if math.prod(shape) <= WHOLE and q.dtype == dtype:
+        weights = torch.softmax(torch.bmm(q * scale, k.mT), dim=-1)
+        return torch.bmm(dropout.keep(weights, dropout.scores(shape, q.device)), v).mul_(dropout.scale)
+    keep = math.prod(shape) * dtype.itemsize <= KEPT_BYTES
+    if not keep and dropout.keys is None:
+        dropout = Dropout(dropout.p, draw_seed(q.device), dtype)
+    return _Attention.apply(scale, dropout, keep and torch.is_grad_enabled(), *qkv)
+
+
+def self_attention(qkv: Tensor, num_heads: int, dropout: Dropout | None) -> Tensor:
+    """Attention of samples to samples, of queries, keys and values (N, …, 3C) side by side → (N, …, C)."""
+    if dropout is None or qkv.numel() == 0 or traced():
+        q, k, v = reference.split_qkv(qkv, num_heads)
+        return _undropped_or_traced(q, k, v, q.shape[-1] ** -0.5, dropout).flatten(-2)
+    n, width = qkv.shape[0], qkv.shape[-1]
+    head_dim = width // (3 * num_heads)
+    stacked = qkv.view(n, -1, 3, num_heads, head_dim).permute(2, 1, 3, 0, 4).reshape(3, -1, n, head_dim)
+    with no_autocast(qkv):
+        o = _dropped(head_dim**-0.5, dropout, stacked)
+    return o.view(-1, num_heads, n, head_dim).permute(2, 0, 1, 3).reshape(*qkv.shape[:-1], width // 3)
+
+
+def batch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None, first_row: int = 0
+) -> Tensor:  # fmt: skip
+    """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape.
+
+    ``first_row`` is where the queries begin in the batch that dropout knows.
+    """
+    dropout = Dropout(p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if p else None
+    if dropout is None or q.numel() == 0 or k.numel() == 0 or traced():
+        return _undropped_or_traced(q, k, v, scale, dropout)
+    with no_autocast(q):
+        return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v))), like=q)
+
+
+def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
+    """As :func:`batch_attention`: by SDPA without dropout, else by the formula, which a compiler fuses."""
+    if q.numel() == 0 or k.numel() == 0:
+        return reference.attention(q, k, v, scale=scale)
+    if dropout is None:
+        batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
+        o = F.scaled_dot_product_attention(*batch, scale=scale)
+        return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
+    return reference.attention(q, k, v, scale=scale, mask=attention_mask(dropout, q, k.shape[0]).to(q.dtype))

@@ -1,0 +1,77 @@
+"""The torch backend's encoder layer: the steps of ``reference.py``, with this backend's attention, products and dropout.
+
+Autograd records PyTorch's own operators, which costs the host less than an autograd Function that calls them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbf import collectives, distributed
+from fastbf.chunks import compute_dtype
+from fastbf.context import autocast_dtype
+from fastbf.dropout import Dropout, Site
+from fastbf.exchange import split_kv
+from fastbf.process_groups import Batch
+from fastbf.reference import LayerWeights
+from fastbf.torch_backend import attention, attention_across_ranks
+from fastbf.torch_backend.elementwise import activate, add_dropped
+from fastbf.torch_backend.matmul import linear
+
+
+# Up to so many words of a call are drawn at once.
+_SMALL = 1 << 16
+
+
+def encoder_layer(
+    x: Tensor, weights: LayerWeights, *, num_heads: int, activation: str, norm_first: bool, eps: float, p: float,
+    seed: Tensor | None, plain: Tensor | None, forked: bool, batch: Batch | None = None,
+) -> Tensor:  # fmt: skip
+    """A whole encoder layer, or the fork that it ends, as :func:`fastbf.functional.encoder_layer` says."""
+    if forked:
+        plain, x = x.chunk(2)
+    w, channels, dropout = weights, x.shape[-1:], None
+    norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
+    if p:
+        dropout = Dropout(p, seed, compute_dtype(autocast_dtype(x) or x.dtype), (0, 0 if batch is None else batch.first, 0))
+        words = x.numel() // channels[0] * (2 * channels[0] + w.linear1_weight.shape[0] + num_heads * x.shape[0])
+        if seed is None and words <= _SMALL and not dropout.plain:
+            dropout.draw_ahead(words, x.device)
+
+    n = F.layer_norm(x, channels, *norm1) if norm_first else x
+    if batch is None:
+        o = attention.self_attention(linear(n, w.in_proj_weight, w.in_proj_bias), num_heads, dropout)
+    else:
+        o = _across_ranks(n, w.in_proj_weight, w.in_proj_bias, num_heads, p, seed, batch)
+    s1 = add_dropped(x, linear(o, w.out_proj_weight, w.out_proj_bias), dropout, Site.ATTENTION_OUTPUT)
+    z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
+    u = activate(linear(z, w.linear1_weight, w.linear1_bias), activation, dropout)
+    b = linear(u, w.linear2_weight, w.linear2_bias)
+    y = add_dropped(s1 if norm_first else z, b, dropout, Site.FEEDFORWARD_OUTPUT)
+    y = y if norm_first else F.layer_norm(y, channels, *norm2)
+    return y if plain is None else torch.cat([plain, y])
+
+
+def _across_ranks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, p: float, seed: Tensor | None, batch: Batch
+) -> Tensor:  # fmt: skip
+    """Attention of x (N, …, C) to all ranks' samples, from the first product on → (N, …, C).
+
+    Keys and values come first, so that they travel while the queries are computed.
+    """
+    channels = x.shape[-1]
+    w_q, w_kv = weight.split([channels, 2 * channels])
+    b_q, b_kv = (None, None) if bias is None else bias.split([channels, 2 * channels])
+    scale = (channels // num_heads) ** -0.5
+    kv = linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
+    at_once = collectives.gathers(batch, kv[0].numel() * kv.element_size())
+    coming = distributed.begin(kv, batch) if at_once else None
+    q = linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
+    if at_once:
+        k, v = split_kv(distributed.gather_batch(kv, batch, coming), num_heads)
+        o = attention.batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first)
+    else:
+        o = attention_across_ranks.attention(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
+    return o.reshape(x.shape)

@@ -1,0 +1,87 @@
+"""Matrix products of the torch backend.
+
+On CPU, fp32 products of PyTorch go to MKL, whose kernels for AMD's processors stop at AVX2. PyTorch ships oneDNN too,
+which has some for AVX-512: on such a processor large products of rows go there. Two cores of one, torch 2.13.0,
+2026-11-25, GFLOP/s of MKL and oneDNN: (256, 2048) · (2048, 6144) 151 and 216, (128, 512) · (512, 1536) 149 and 200,
+(128, 128) · (128, 384) 146 and 128. Where the first matrix is transposed, as in a weight's gradient, oneDNN is no
+quicker: 173 and 156. Everything else is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fastbf.context import traced
+from fastbf.environment import cpu_name
+
+# Multiplications in a product from which oneDNN is quicker.
+_LARGE = 2e7
+
+
+@cache
+def _suits_onednn() -> bool:
+    """Whether this processor is one on which oneDNN is the quicker library."""
+    return (
+        "AMD" in cpu_name()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN serves x · weightᵀ: large plain CPU fp32 matrices, in eager mode without autocast."""
+    return (
+        x.numel() * weight.shape[0] >= _LARGE
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and not traced()
+        and _suits_onednn()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By oneDNN, which takes both orders of a whole matrix, but no slices, and no notice of a bias's strides."""
+    weight = weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) · b (K, N) → (M, N). Differentiable where autograd records."""
+    return _product(a, b.mT, None) if not torch.is_grad_enabled() and _onednn(a, b.mT) else torch.mm(a, b)
+
+
+class _Linear(Function):
+    """Saves x and the weight. The gradient's graph, when asked for, is that of ``torch.mm``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            mm(grad, weight) if needs_x else None,
+            torch.mm(grad.mT, x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
+    if not _onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
