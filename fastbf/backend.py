@@ -103,10 +103,16 @@ def _warned(reason: str) -> str:
     return reason
 
 
+def _not_on_a_gpu(op: str, x: Tensor) -> str:
+    return f"{op} was given tensors on {x.device.type}, and Triton's kernels run on CUDA GPUs."
+
+
 def _obstacle(
     op: str, tensors: tuple[Tensor, ...], head_dim: int | None, channels: int | None, interpreter: bool
 ) -> str | None:
     """Why no Triton kernel can serve the call; None if one can. ``interpreter`` is whether CPU tensors may go there."""
+    if tensors and tensors[0].device.type != "cuda" and not interpreter:
+        return _not_on_a_gpu(op, tensors[0])
     if not _installed():
         return "triton is not installed."
     if not tensors:
@@ -122,8 +128,8 @@ def _obstacle(
         obstacle = _gpu_obstacle(x.device)
         if obstacle is not None:
             return obstacle
-    elif x.device.type != "cpu" or not interpreter or not _interpreted():
-        return f"{op} was given tensors on {x.device.type}, and Triton's kernels run on CUDA GPUs."
+    elif x.device.type != "cpu" or not _interpreted():
+        return _not_on_a_gpu(op, x)
     for t in tensors:
         if t.dtype not in DTYPES:
             return f"the kernels of {op} take fp32, fp16 and bf16, not {t.dtype}."

@@ -22,6 +22,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in :func:`compute_dtype`."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
 def loss_dtype(dtype: torch.dtype, target: Tensor, logit_bias: Tensor | None) -> torch.dtype:
     """The dtype that eager PyTorch's cross-entropy gives without autocast, for products of ``dtype``."""
     for t in (target, logit_bias):

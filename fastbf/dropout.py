@@ -105,14 +105,15 @@ class Dropout:
         if seed is not None and self.drop == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
             bits = torch.arange(256, device=seed.device)[:, None] >> torch.arange(8, device=seed.device)
             self.table = ((bits & 1) - 1).to(torch.int16)
-        self.ahead: Tensor | None = None
+        self.ahead: list[Tensor] = []
+        self.traced = traced()
         #: A compiler or a transform looks on, and nobody asks for certain decisions: PyTorch's own dropout suits.
-        self.plain = seed is None and traced()
+        self.plain = seed is None and self.traced
 
     def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
         """Words of a piece of attention's scores, (groups, queries, keys), that begins at a group and a row."""
         if self.keys is None:
-            return self._drawn(shape, device)
+            return self.ahead.pop() if self.ahead else self._drawn(shape, device)
         group, row = group + self.first[0], row + self.first[1]
         groups = torch.arange(group, group + shape[0], device=device)[:, None]
         rows = torch.arange(row, row + shape[1], device=device)
@@ -121,22 +122,23 @@ class Dropout:
     def elements(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
         """Words of a tensor (N, …, C) at one of the elementwise sites."""
         if self.keys is None:
-            return self._drawn(shape, device)
+            return self.ahead.pop() if self.ahead else self._drawn(shape, device)
         positions = torch.arange(math.prod(shape[1:-1]), device=device).view(shape[1:-1])
         rows = torch.arange(self.first[1], self.first[1] + shape[0], device=device)
         return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
 
-    def draw_ahead(self, count: int, device: torch.device) -> None:
-        """Draws so many words from the default generator that are asked for next: for a small call, fewer calls of it."""
-        self.ahead = self._drawn((count,), device).to(self.dtype)
+    def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
+        """Draws from the default generator, at once, what is asked for next: fewer calls, for small shapes."""
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = self._drawn((sum(sizes),), device).to(self.dtype).split_with_sizes(sizes)
+        self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
-        if self.ahead is not None:
-            words, self.ahead = self.ahead[:count], self.ahead[count:]
-            return words.view(shape)
-        numbers = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-        return numbers.view(torch.int16)[:count].view(shape)  # four of each number, which is what generators do quickest
+        # Several of each 64-bit number, which is what generators do quickest. One half needs one bit, and so the fewest.
+        kind, each = (torch.int8, 8) if self.drop == _HALF else (torch.int16, 4)
+        numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)
+        return numbers.view(kind)[:count].view(shape)
 
     def words(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
         """The words that the seed gives every column of the given rows.

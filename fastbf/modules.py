@@ -556,14 +556,21 @@ class SharedClassifier(nn.Linear):
             raise RuntimeError(
                 "SharedClassifier.loss runs no forward pre-hooks: use torch.nn.utils.parametrizations instead"
             )
-        self._check(features)
+        weight = self.weight
+        if (
+            not isinstance(features, Tensor)
+            or features.shape[-1:] != weight.shape[1:]
+            or features.device != weight.device
+        ):
+            self._check(features)
+        buffers = self._buffers
         return functional.linear_cross_entropy(
             features,
-            self.weight,
+            weight,
             target,
             linear_bias=self.bias,
-            weight=self.class_weight,
-            logit_bias=self.log_prior,
+            weight=buffers["class_weight"],
+            logit_bias=buffers["log_prior"],
             scale=self.scale,
             reduction=reduction,
             ignore_index=self.ignore_index,

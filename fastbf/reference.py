@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.chunks import compute_dtype
+from fastbf.chunks import widened
 
 
 class LayerWeights(NamedTuple):
@@ -164,7 +164,7 @@ def linear_cross_entropy_terms(
     label_smoothing: float = 0.0,
 ) -> tuple[CrossEntropyTerms, Tensor]:
     """Cross-entropy of logits = scale · (input · Wᵀ + b) + logit_bias; the terms and the logits (M, K)."""
-    logits = linear_logits(input, linear_weight, linear_bias, scale=scale, logit_bias=logit_bias)
+    logits = class_logits(widened(F.linear(input, linear_weight, linear_bias)), scale, logit_bias)
     terms = cross_entropy_terms(
         logits,
         target,
@@ -175,19 +175,9 @@ def linear_cross_entropy_terms(
     return terms, logits
 
 
-def linear_logits(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, scale: float, logit_bias: Tensor | None
-) -> Tensor:  # fmt: skip
-    """scale · (input · Wᵀ + b) + logit_bias, the product in its own dtype and the rest in fp32 or wider. (M, K)."""
-    product = F.linear(input, linear_weight, linear_bias)
-    if product.dtype.itemsize < 4:
-        product = product.float()
-    return class_logits(product, scale, logit_bias)
-
-
-def class_logits(z: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:
-    """scale · z + logit_bias, without touching z where there is nothing to do."""
-    z = z if scale == 1.0 else z * scale
+def class_logits(product: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:
+    """scale · product + logit_bias, without touching the product where there is nothing to do."""
+    z = product if scale == 1.0 else product * scale
     return z if logit_bias is None else z + logit_bias
 
 

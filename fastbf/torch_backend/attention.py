@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from fastbf import reference
 from fastbf.chunks import compute_dtype
-from fastbf.context import no_autocast, traced
+from fastbf.context import autocast_dtype, no_autocast
 from fastbf.dropout import Dropout, attention_mask, draw_seed
 
 #: Scores worked on at a time: on a CPU, and on a GPU, where it bounds memory while every launch fills the machine.
@@ -31,7 +31,7 @@ CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
 #: Bytes of probabilities that a call keeps for backward; of more it keeps none.
 KEPT_BYTES = 128 << 20
 #: Up to so many scores PyTorch's operators under autograd are quickest.
-WHOLE = 1 << 16
+WHOLE = 1 << 17
 
 _aten = torch.ops.aten
 
@@ -97,8 +97,9 @@ class Call(NamedTuple):
 def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
     """How many groups and rows of scores (G, N, M) are worked on at a time: several whole groups, or rows of one."""
     (groups, rows, columns), size = shape, CPU_PIECE if device.type == "cpu" else GPU_PIECE
-    at_once = min(groups, max(1, size // (rows * columns)))
-    return at_once, rows if at_once > 1 else max(1, min(rows, size // columns))
+    if rows * columns <= 2 * size:
+        return min(groups, max(1, size // (rows * columns))), rows
+    return 1, max(1, min(rows, size // columns))
 
 
 def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -158,7 +159,8 @@ class _Attention(Function):
     def forward(ctx, scale: float, dropout: Dropout, keep: bool, *qkv: Tensor) -> Tensor:
         q, k, v = (t.to(dropout.dtype) for t in (qkv[0].unbind() if len(qkv) == 1 else qkv))
         ctx.call = Call(scale, dropout)
-        o, kept = forward(ctx.call, q, k, v, keep)
+        with no_autocast(q):
+            o, kept = forward(ctx.call, q, k, v, keep)
         ctx.save_for_backward(*qkv, kept)
         return o.to(qkv[0].dtype)
 
@@ -196,7 +198,7 @@ def _dropped(scale: float, dropout: Dropout, *qkv: Tensor) -> Tensor:
     """Attention with dropout of what :class:`_Attention` takes, by the way that suits its size."""
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
-    if math.prod(shape) <= WHOLE and q.dtype == dtype:
+    if math.prod(shape) <= WHOLE and q.dtype == dtype and autocast_dtype(q) is None:
         weights = torch.softmax(torch.bmm(q * scale, k.mT), dim=-1)
         return torch.bmm(dropout.keep(weights, dropout.scores(shape, q.device)), v).mul_(dropout.scale)
     keep = math.prod(shape) * dtype.itemsize <= KEPT_BYTES
@@ -207,14 +209,13 @@ def _dropped(scale: float, dropout: Dropout, *qkv: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, num_heads: int, dropout: Dropout | None) -> Tensor:
     """Attention of samples to samples, of queries, keys and values (N, …, 3C) side by side → (N, …, C)."""
-    if dropout is None or qkv.numel() == 0 or traced():
+    if dropout is None or qkv.numel() == 0 or dropout.traced:
         q, k, v = reference.split_qkv(qkv, num_heads)
         return _undropped_or_traced(q, k, v, q.shape[-1] ** -0.5, dropout).flatten(-2)
     n, width = qkv.shape[0], qkv.shape[-1]
     head_dim = width // (3 * num_heads)
     stacked = qkv.view(n, -1, 3, num_heads, head_dim).permute(2, 1, 3, 0, 4).reshape(3, -1, n, head_dim)
-    with no_autocast(qkv):
-        o = _dropped(head_dim**-0.5, dropout, stacked)
+    o = _dropped(head_dim**-0.5, dropout, stacked)
     return o.view(-1, num_heads, n, head_dim).permute(2, 0, 1, 3).reshape(*qkv.shape[:-1], width // 3)
 
 
@@ -226,10 +227,9 @@ def batch_attention(
     ``first_row`` is where the queries begin in the batch that dropout knows.
     """
     dropout = Dropout(p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if p else None
-    if dropout is None or q.numel() == 0 or k.numel() == 0 or traced():
+    if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
         return _undropped_or_traced(q, k, v, scale, dropout)
-    with no_autocast(q):
-        return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v))), like=q)
+    return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v))), like=q)
 
 
 def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference
-from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype
+from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype, widened
 from fastbf.context import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
 from fastbf.torch_backend.matmul import linear, mm
 
@@ -24,7 +24,7 @@ _MIN_ROWS = 512
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
 # Up to this many logits PyTorch's own operators are quickest.
-SMALL = 1 << 21
+SMALL = 1 << 19
 
 
 class _Targets:
@@ -276,15 +276,18 @@ def linear_cross_entropy(
     rows, num_classes, probabilities, x = input.shape[:-1], linear_weight.shape[0], target.is_floating_point(), input
     if len(rows) > 1:
         x, target = input.flatten(0, -2), target.flatten(0, -2 if probabilities else -1)
-    x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)
-    dtype = compute_dtype(x.dtype) if autocast_dtype(input) else loss_dtype(x.dtype, target, logit_bias)
+    if autocast_dtype(input) is None:
+        dtype = loss_dtype(x.dtype, target, logit_bias)
+    else:
+        x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)
+        dtype = compute_dtype(x.dtype)
     kind = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     small = x.shape[0] * num_classes <= SMALL or target.requires_grad or (weight is not None and weight.requires_grad)
     right = None
-    if small or x.shape[0] == 0 or traced():
+    if small or traced():
         repeated = torch.cat([target, target]) if forked else target
-        unadjusted = reference.linear_logits(x, linear_weight, linear_bias, scale=scale, logit_bias=None)
-        logits = reference.class_logits(unadjusted, 1.0, logit_bias)
+        unadjusted = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
+        logits = unadjusted if logit_bias is None else unadjusted + logit_bias
         factor = None if weight is None else weight.to(logits.dtype)
         if not stats:
             loss = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)

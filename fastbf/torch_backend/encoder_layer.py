@@ -5,6 +5,8 @@ Autograd records PyTorch's own operators, which costs the host less than an auto
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +38,8 @@ def encoder_layer(
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
     if p:
         dropout = Dropout(p, seed, compute_dtype(autocast_dtype(x) or x.dtype), (0, 0 if batch is None else batch.first, 0))
-        words = x.numel() // channels[0] * (2 * channels[0] + w.linear1_weight.shape[0] + num_heads * x.shape[0])
-        if seed is None and words <= _SMALL and not dropout.plain:
-            dropout.draw_ahead(words, x.device)
+        if seed is None and not dropout.plain:
+            _draw_ahead(dropout, x, w.linear1_weight.shape[0], num_heads)
 
     n = F.layer_norm(x, channels, *norm1) if norm_first else x
     if batch is None:
@@ -52,6 +53,15 @@ def encoder_layer(
     y = add_dropped(s1 if norm_first else z, b, dropout, Site.FEEDFORWARD_OUTPUT)
     y = y if norm_first else F.layer_norm(y, channels, *norm2)
     return y if plain is None else torch.cat([plain, y])
+
+
+def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None:
+    """Draws the decisions of a small call at once."""
+    output, n = x.shape, x.shape[0]
+    rows = math.prod(output[:-1])
+    if rows * (2 * output[-1] + width + num_heads * n) <= _SMALL:
+        hidden = (*output[:-1], width)
+        dropout.draw_ahead((rows // n * num_heads, n, n), output, hidden, output, device=x.device)
 
 
 def _across_ranks(

@@ -35,10 +35,9 @@ def _suits_onednn() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN serves x · weightᵀ: large plain CPU fp32 matrices, in eager mode without autocast."""
+    """Whether oneDNN serves x · weightᵀ if that is large: plain CPU fp32 matrices, in eager mode without autocast."""
     return (
-        x.numel() * weight.shape[0] >= _LARGE
-        and x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
@@ -58,7 +57,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) · b (K, N) → (M, N). Differentiable where autograd records."""
-    return _product(a, b.mT, None) if not torch.is_grad_enabled() and _onednn(a, b.mT) else torch.mm(a, b)
+    if a.numel() * b.shape[1] < _LARGE or torch.is_grad_enabled() or not _onednn(a, b.mT):
+        return torch.mm(a, b)
+    return _product(a, b.mT, None)
 
 
 class _Linear(Function):
@@ -82,6 +83,6 @@ class _Linear(Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
-    if not _onednn(x, weight):
+    if x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
