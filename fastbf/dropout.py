@@ -67,15 +67,24 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, T
 
     Returns four words, int32, in a new last dimension.
     """
-    c0, c1, c2, c3 = counter
+    return torch.stack(_rounds(*counter, keys), dim=-1).to(torch.int32)
+
+
+def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox's four words, int64 whose upper halves mean nothing."""
     for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
         # The 64-bit products wrap like unsigned ones. What the next round multiplies is cut to 32 bits; what it only
         # xors may keep its upper bits, which that cut removes.
         p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_LOW)
-        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c0 = _xor(p1 >> 32, c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = _xor(p0 >> 32, c3).bitwise_xor_(k1).bitwise_and_(_LOW)
         c1, c3 = p1, p0
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1).to(torch.int32)
+    return list(torch.broadcast_tensors(c0, c1, c2, c3))
+
+
+def _xor(a: Tensor, b: Tensor) -> Tensor:
+    """a ^ b, in a's memory where it fits."""
+    return a.bitwise_xor_(b) if a.shape == b.shape else a ^ b
 
 
 def round_keys(seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,15 +169,15 @@ class Dropout:
         calls = min(-(-columns // 2), 4 * -(-columns // 32)) if swapped else -(-columns // per_call)
         block = torch.arange(calls, device=group.device) + first_column // per_call
         group, row = group[..., None], row[..., None]
-        words = philox((block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site)), self.keys)
+        words = _rounds(block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site), self.keys)
+        if swapped:
+            words = [w.unflatten(-1, (-1, min(4, calls))) for w in words]
+        words = torch.stack(words, dim=-2 if swapped else -1).to(torch.int32).flatten(len(shape))
         if self.drop == _HALF:
-            byte = words.view(torch.uint8).flatten(-2)[..., : -(-columns // 8)]
+            byte = words.view(torch.uint8)[..., : -(-columns // 8)]
             words = self.table.index_select(0, byte.flatten().to(torch.int32))
             return words.view(*shape, byte.shape[-1] * 8)[..., :columns]
-        if swapped:
-            words = words.view(*shape, -1, min(4, calls), 4).mT
-        halves = words.flatten(len(shape)).view(torch.int16).bitwise_xor_(-_HALF)  # unsigned numbers, in their order
-        return halves[..., :columns]
+        return words.view(torch.int16)[..., :columns] ^ -_HALF  # unsigned numbers, in their order
 
     def keep(self, x: Tensor, words: Tensor) -> Tensor:
         """x where kept, else 0; not scaled. Differentiable, and a single pass, vectorised on CPUs."""

@@ -97,9 +97,7 @@ class Call(NamedTuple):
 def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
     """How many groups and rows of scores (G, N, M) are worked on at a time: several whole groups, or rows of one."""
     (groups, rows, columns), size = shape, CPU_PIECE if device.type == "cpu" else GPU_PIECE
-    if rows * columns <= 2 * size:
-        return min(groups, max(1, size // (rows * columns))), rows
-    return 1, max(1, min(rows, size // columns))
+    return min(groups, max(1, size // (rows * columns))), min(rows, max(1, 2 * size // columns))
 
 
 def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, slice]]:
