@@ -144,7 +144,7 @@ class Dropout:
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
-        # Several of each 64-bit number, which is what generators do quickest. One half needs one bit, and so the fewest.
+        # Several of each 64-bit number, which generators are quickest at. One half needs but one bit of each.
         kind, each = (torch.int8, 8) if self.drop == _HALF else (torch.int16, 4)
         numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)
         return numbers.view(kind)[:count].view(shape)

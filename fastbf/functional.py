@@ -22,7 +22,8 @@ from fastbf.backend import Choice, choose, give_up
 from fastbf.context import autocast, autocast_dtype, differentiated, transformed
 from fastbf.dropout import draw_seed, threshold
 from fastbf.process_groups import Batch, Facts, meet, name_of, rank_and_size
-from fastbf.torch_backend import attention, classifier, elementwise, encoder_layer as layer
+from fastbf.torch_backend import attention, classifier, elementwise
+from fastbf.torch_backend import encoder_layer as layer
 
 T = TypeVar("T")
 
@@ -41,14 +42,19 @@ class LossStats(NamedTuple):
     unadjusted_accuracy: Tensor  #: likewise without logit_bias: the accuracy of predictions, the one to report
 
 
-def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, choice: Choice) -> Tensor | None:
-    """As a tensor. None where nothing is dropped, and where PyTorch's default generator decides without one."""
+def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, needed: bool) -> Tensor | None:
+    """As a tensor. One is drawn if ``needed``; else None says that PyTorch's default generator decides directly."""
     if seed is None:
-        return draw_seed(device) if p and choice.backend == "triton" else None
+        return draw_seed(device) if p and needed else None
     checks.seed(seed, device)
     if p == 0:
         return None
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _needs_seed(choice: Choice, alone: bool = True) -> bool:
+    """Whether decisions must be a function of a seed and of places: on kernels, and in a batch that ranks share."""
+    return choice.backend == "triton" or not alone
 
 
 def _run(in_torch: Callable[..., T], choice: Choice, backend: str, *args: Any, **options: Any) -> T:
@@ -118,7 +124,7 @@ def batch_attention(
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "batch_attention", q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
-    seed = _as_seed(seed, p, q.device, choice)
+    seed = _as_seed(seed, p, q.device, _needs_seed(choice))
     return _run(attention.batch_attention, choice, backend, *autocast(q, k, v), scale=scale, p=p, seed=seed)
 
 
@@ -162,7 +168,7 @@ def dropout_add_layer_norm(
     p = checks.probability("dropout_p", dropout_p)
     eps = checks.finite("eps", eps)
     choice = choose(backend, "dropout_add_layer_norm", x, residual)
-    seed = _as_seed(seed, p, x.device, choice)
+    seed = _as_seed(seed, p, x.device, _needs_seed(choice))
     return _run(elementwise.dropout_add_layer_norm, choice, backend, x, residual, weight, bias, p=p, eps=eps, seed=seed)
 
 
@@ -196,7 +202,8 @@ def activation_dropout(
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "activation_dropout", x)
-    return _run(elementwise.activation_dropout, choice, backend, x, activation, p=p, seed=_as_seed(seed, p, x.device, choice))
+    seed = _as_seed(seed, p, x.device, _needs_seed(choice))
+    return _run(elementwise.activation_dropout, choice, backend, x, activation, p=p, seed=seed)
 
 
 def encoder_layer(
@@ -284,7 +291,7 @@ def encoder_layer(
         x, plain = _with_stand_in(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
     options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps, "p": p}
-    options |= {"seed": _as_seed(seed, p, x.device, choice), "plain": plain, "forked": forked}
+    options |= {"seed": _as_seed(seed, p, x.device, _needs_seed(choice, alone)), "plain": plain, "forked": forked}
     if alone:
         return _run(layer.encoder_layer, choice, backend, x, weights, **options)
     batch = _meet(group, x, weights, absent, choice, **options)
@@ -457,8 +464,8 @@ def linear_cross_entropy(
     choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
     loss, of_streams = _run(
-        classifier.linear_cross_entropy, choice, backend, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
-        logit_bias=logit_bias, scale=scale, reduction=reduction, ignore_index=ignore_index,
+        classifier.linear_cross_entropy, choice, backend, input, linear_weight, target, linear_bias=linear_bias,
+        weight=weight, logit_bias=logit_bias, scale=scale, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, forked=forked, stats=stats,
     )  # fmt: skip
     return (loss, LossStats(*of_streams)) if stats else loss

@@ -136,7 +136,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
         inside, activation = self._modules, self.activation  # a tenth of what attributes cost the host
         attention, dropout, norm1, norm2 = inside["self_attn"], inside["dropout"], inside["norm1"], inside["norm2"]
-        linear1, linear2, dropout1, dropout2 = inside["linear1"], inside["linear2"], inside["dropout1"], inside["dropout2"]
+        linear1, linear2 = inside["linear1"], inside["linear2"]
+        dropout1, dropout2 = inside["dropout1"], inside["dropout2"]
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
         if _activation_name(activation) is None:
@@ -147,7 +148,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         ):  # fmt: skip
             if type(m) is not kind:
                 return "a module inside the layer was replaced."
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__:
+            hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            if hooks or "forward" in m.__dict__:  # as _is_altered, without eight calls of it
                 return "a module inside the layer has hooks, or a forward of its own."
         if _is_altered(attention._modules["out_proj"]) or (
             isinstance(activation, nn.Module) and _is_altered(activation)
@@ -177,21 +179,29 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             )
 
     def _weights(self) -> reference.LayerWeights:
-        inside = self._modules  # and parameters, likewise: attributes would cost as much as the rest of the call
-        attention, attended = inside["self_attn"]._parameters, inside["self_attn"]._modules["out_proj"]._parameters
-        linear1, linear2 = inside["linear1"]._parameters, inside["linear2"]._parameters
-        norm1, norm2 = inside["norm1"]._parameters, inside["norm2"]._parameters
-        return reference.LayerWeights(
-            attention["in_proj_weight"], attention["in_proj_bias"], attended["weight"], attended["bias"],
-            linear1["weight"], linear1["bias"], linear2["weight"], linear2["bias"],
-            norm1["weight"], norm1["bias"], norm2["weight"], norm2["bias"],
-        )  # fmt: skip
+        inside = self._modules
+        attention = inside["self_attn"]
+        out_proj, linear1, linear2 = attention._modules["out_proj"], inside["linear1"], inside["linear2"]
+        norm1, norm2 = inside["norm1"], inside["norm2"]
+        try:  # registered parameters, at a fifth of what attributes cost the host
+            weights = [attention._parameters["in_proj_weight"], attention._parameters["in_proj_bias"]]
+            for m in (out_proj, linear1, linear2, norm1, norm2):
+                parameters = m._parameters
+                weights += parameters["weight"], parameters["bias"]
+        except KeyError:  # some are plain attributes (FSDP's flat parameters)
+            weights = [attention.in_proj_weight, attention.in_proj_bias]
+            for m in (out_proj, linear1, linear2, norm1, norm2):
+                weights += m.weight, m.bias
+        return reference.LayerWeights(*weights)
 
     def _fused(self, x: Tensor, **fork: Any) -> Tensor:
         """The layer along the first dimension of x (N, …, C)."""
+        weights = self._weights()
+        if x.device != weights.in_proj_weight.device:
+            self._check(x)
         return functional.encoder_layer(
             x,
-            *self._weights(),
+            *weights,
             num_heads=self.self_attn.num_heads,
             activation=_activation_name(self.activation),
             dropout_p=self.dropout.p if self.training else 0.0,
@@ -563,14 +573,13 @@ class SharedClassifier(nn.Linear):
             or features.device != weight.device
         ):
             self._check(features)
-        buffers = self._buffers
         return functional.linear_cross_entropy(
             features,
             weight,
             target,
             linear_bias=self.bias,
-            weight=buffers["class_weight"],
-            logit_bias=buffers["log_prior"],
+            weight=self.class_weight,
+            logit_bias=self.log_prior,
             scale=self.scale,
             reduction=reduction,
             ignore_index=self.ignore_index,

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastbf import backend, classifier
+from fastbf import backend, classifier, functional
 from fastbf.dropout import Dropout, Site
 from fastbf.dropout import attention_mask as materialised_attention_mask
 from fastbf.dropout import elementwise_mask as materialised_elementwise_mask
@@ -28,6 +28,8 @@ MEMORY = 80 << 30  #: bytes of an emulated GPU
 def as_on_gpu(shared_memory: int, processors: int, capability: tuple[int, int], tf32: bool) -> Iterator[None]:
     """fastbf takes CPU tensors with ``backend="triton"`` and chooses tiles as for such a GPU; launch caches are apart.
 
+    From one state of the generator both backends make the same dropout decisions, which they need not elsewhere.
+
     Args:
         shared_memory: bytes that a program may use.
         processors: multiprocessors.
@@ -41,6 +43,7 @@ def as_on_gpu(shared_memory: int, processors: int, capability: tuple[int, int], 
             if hasattr(module, "device_limits"):
                 stack.enter_context(patch.object(module, "device_limits", lambda _: limits))
         stack.enter_context(patch.object(backend, "_interpreted", lambda: True))
+        stack.enter_context(patch.object(functional, "_needs_seed", lambda *_: True))
         stack.enter_context(patch.dict(launch._compiled, clear=True))
         if tf32:
             allowed = {"PRECISION": "tf32"}

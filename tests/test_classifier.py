@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastbf
-from fastbf.torch_backend import classifier as chunked_classifier
 from fastbf.functional import linear_cross_entropy
+from fastbf.torch_backend import classifier as chunked_classifier
 
 N, C, K = 12, 9, 7
 
@@ -176,7 +176,6 @@ def test_statistics_of_each_stream(forked, soft):
 def test_accuracy_with_class_counts_and_without(soft, chunked, monkeypatch):
     """The prior says class 0 to nearly all rows; predictions do without it."""
     if chunked:
-        monkeypatch.setattr("fastbf.torch_backend.chunk_elements", lambda *_: 1)
         monkeypatch.setattr(chunked_classifier, "chunk_elements", lambda *_: 2 * K)
         monkeypatch.setattr(chunked_classifier, "SMALL", 0)
     x, w, b, y = case(forked=True, soft=soft, ignored=() if soft else (1,), n=20)

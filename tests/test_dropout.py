@@ -124,3 +124,55 @@ def test_seeds_obey_manual_seed():
     assert not torch.equal(first, second)
     assert first.dtype == torch.int64
     assert first.shape == (1,)
+
+
+def chi_squared(a, b):
+    """Of two boolean tensors being independent of each other, one degree of freedom: above 25 once in two million."""
+    n = a.numel()
+    table = torch.tensor([[(x & y).sum().item() for y in (b, ~b)] for x in (a, ~a)], dtype=torch.float64)
+    expected = table.sum(1, keepdim=True) * table.sum(0) / n
+    return ((table - expected) ** 2 / expected).sum().item()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [None, SEED])
+def test_rates_and_independence(p, seed):
+    """Of rows, columns, heads, sites and pieces, with the default generator and with a seed."""
+    torch.manual_seed(11)
+    cpu = torch.device("cpu")
+    dropout = Dropout(p, None if seed is None else torch.tensor([seed]), torch.float32)
+    scores = dropout.scores((8, 128, 256), cpu) > dropout.limit
+    sites = [dropout.elements(site, (128, 8, 256), cpu).movedim(0, 1) > dropout.limit for site in list(Site)[1:]]
+    piece = dropout.scores((8, 128, 256), cpu, group=8) > dropout.limit
+    keep = 1 - threshold(p) / 65536
+    for drawn in (scores, piece, *sites):
+        n, kept = drawn.numel(), drawn.sum().item()
+        assert (kept - n * keep) ** 2 / (n * keep * (1 - keep)) < 25
+        for dim, shift in itertools.product(range(3), (1, 2, 4, 7)):
+            assert chi_squared(drawn, drawn.roll(shift, dim)) < 25, (dim, shift)
+    for a, b in itertools.combinations((scores, piece, *sites), 2):
+        assert chi_squared(a, b) < 25
+
+
+def test_what_is_drawn_ahead_is_given_out_in_order():
+    shapes = [(2, 3, 5), (4, 7), (4, 9)]
+    dropout = Dropout(0.1, None, torch.float64)
+    torch.manual_seed(2)
+    dropout.draw_ahead(*shapes, device=torch.device("cpu"))
+    given = [dropout.scores(shapes[0], torch.device("cpu"))]
+    given += [dropout.elements(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes[1:]]
+    assert [t.shape for t in given] == [torch.Size(s) for s in shapes]
+    torch.manual_seed(2)
+    numbers = Dropout(0.1, None, torch.float64).elements(Site.ACTIVATION, (30 + 28 + 36,), torch.device("cpu"))
+    assert torch.equal(torch.cat([t.flatten() for t in given]), numbers.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0001, 0.1, 0.5, 0.99999, 1.0])
+def test_what_is_kept_is_what_the_multiplier_says(dtype, p):
+    dropout = Dropout(p, torch.tensor([SEED]), dtype)
+    x = torch.randn(40, 300).to(dtype)
+    words = dropout.elements(Site.ACTIVATION, x.shape, x.device)
+    kept = dropout.keep(x, words)
+    assert kept.dtype == dtype
+    assert torch.equal(kept, x * (dropout.as_multiplier(words) > 0))

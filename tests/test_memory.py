@@ -7,10 +7,10 @@ from torch import nn
 
 import fastbf
 from fastbf import classifier
-from fastbf.torch_backend import classifier as chunked_classifier
 from fastbf.chunks import chunk_elements
 from fastbf.functional import linear_cross_entropy
 from fastbf.kernels import cross_entropy
+from fastbf.torch_backend import classifier as chunked_classifier
 from tests import paper
 from tests.memory import PeakMemory
 from tests.triton_case import DEVICE

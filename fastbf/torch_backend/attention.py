@@ -4,10 +4,12 @@ What is kept of a score is its probability, whose sign says whether dropout keep
 PyTorch keeps the probability, the decision and the product of both. ``clamp_min`` gives what was kept, ``abs`` the
 probability, and a threshold at 0 masks a gradient. Three ways, chosen by sizes alone:
 
-- *whole*: few scores are worked on at once;
-- *in pieces*: more, as many at a time as stay in the cache;
+- *whole*: few scores, by PyTorch's operators under autograd, which keep more but cost the host less;
+- *in pieces*: more of them, as many at a time as stay in the cache;
 - *drawn again*: probabilities that would take too much memory are computed again in backward, from decisions that a
   seed gives again.
+
+docs/backends.md has the measurements that set the limits.
 """
 
 from __future__ import annotations
@@ -70,28 +72,11 @@ class Call(NamedTuple):
         """Gives weights, in place, a minus where dropout drops them; ``room`` is memory of their shape."""
         return weights if words is None else weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
 
-    def weights(self, q: Tensor, k: Tensor, words: Tensor | None, out: Tensor, room: Tensor) -> Tensor:
-        """softmax(scale · q kᵀ), with signs, in ``out`` (G, N, M)."""
+    def weights(self, q: Tensor, k: Tensor, group: slice, row: slice, out: Tensor, room: Tensor) -> Tensor:
+        """softmax(scale · q kᵀ) of a piece, with signs, in ``out``."""
+        words = self.words(out.shape, q.device, group, row)
         scores = scaled_bmm(q, k.mT, self.scale, out=room)
         return self.sign(torch.softmax(scores, dim=-1, out=out), words, room)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, o: Tensor, out: Tensor, room: Tensor) -> None:
-        """Writes the result into ``o`` and the weights into ``out``."""
-        dropped = torch.clamp_min(self.weights(q, k, words, out, room), 0, out=room)
-        scaled_bmm(dropped, v, self.kept_scale, out=o)
-
-    def gradients(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-        add: bool, ds: Tensor, room: Tensor,
-    ) -> None:  # fmt: skip
-        """Writes dq; dk and dv too, or what they gain if ``add``. ``ds`` and ``room`` are memory of the weights' shape."""
-        scaled_bmm(do, v.mT, self.kept_scale, out=ds)
-        _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
-        dropped = torch.clamp_min(weights, 0, out=room)
-        torch.baddbmm(dv, dropped.mT, do, beta=add, alpha=self.kept_scale, out=dv)
-        _aten._softmax_backward_data.out(ds, torch.abs(weights, out=room), -1, ds.dtype, grad_input=ds)
-        scaled_bmm(ds, k, self.scale, out=dq)
-        torch.baddbmm(dk, ds.mT, q, beta=add, alpha=self.scale, out=dk)
 
 
 def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
@@ -118,14 +103,13 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Te
 
     q (G, N, D), k and v (G, M, D), contiguous.
     """
-    shape, o = (*q.shape[:2], k.shape[1]), torch.empty_like(q)
-    kept, rooms = q.new_empty(shape) if keep else None, _rooms(2, q, shape[2])
+    shape, o, rooms = (*q.shape[:2], k.shape[1]), torch.empty_like(q), _rooms(2, q, k.shape[1])
+    kept = q.new_empty(shape) if keep else None
     for group, row in pieces(shape, q.device):
-        q_piece = q[group, row]
+        q_piece, o_piece = q[group, row], o[group, row]
         room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
-        out = spare if kept is None else kept[group, row]
-        words = call.words(out.shape, q.device, group, row)
-        call.attend(q_piece, k[group], v[group], words, o[group, row], out, room)
+        weights = call.weights(q_piece, k[group], group, row, spare if kept is None else kept[group, row], room)
+        scaled_bmm(torch.clamp_min(weights, 0, out=room), v[group], call.kept_scale, out=o_piece)
     return o, kept
 
 
@@ -133,18 +117,19 @@ def backward(
     call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, grads: Sequence[Tensor]
 ) -> None:  # fmt: skip
     """Writes the gradients of q, k and v, given that of the result and what :func:`forward` kept."""
-    shape, (dq, dk, dv), rooms = (*q.shape[:2], k.shape[1]), grads, _rooms(3, q, k.shape[1])
-    for group, row in pieces(shape, q.device):
-        q_piece, k_group = q[group, row], k[group]
+    (dq, dk, dv), rooms = grads, _rooms(3, q, k.shape[1])
+    for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
+        q_piece, do_piece, k_group, dk_group, dv_group = q[group, row], do[group, row], k[group], dk[group], dv[group]
         ds, room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
-        if kept is None:
-            weights = call.weights(q_piece, k_group, call.words(ds.shape, q.device, group, row), spare, room)
-        else:
-            weights = kept[group, row]
-        call.gradients(
-            do[group, row], q_piece, k_group, v[group], weights, dq[group, row], dk[group], dv[group], row.start > 0,
-            ds, room,
-        )  # fmt: skip
+        weights = call.weights(q_piece, k_group, group, row, spare, room) if kept is None else kept[group, row]
+        add = float(row.start > 0)  # to what other rows of the group have given dk and dv
+        scaled_bmm(do_piece, v[group].mT, call.kept_scale, out=ds)
+        _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
+        dropped = torch.clamp_min(weights, 0, out=room)
+        torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale, out=dv_group)
+        _aten._softmax_backward_data.out(ds, torch.abs(weights, out=room), -1, ds.dtype, grad_input=ds)
+        scaled_bmm(ds, k_group, call.scale, out=dq[group, row])
+        torch.baddbmm(dk_group, ds.mT, q_piece, beta=add, alpha=call.scale, out=dk_group)
 
 
 class _Attention(Function):

@@ -7,7 +7,7 @@ differentiates the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +31,11 @@ class _Targets:
     """Rows r of the logits and the target row r mod N they belong to: a fork repeats the target without a copy."""
 
     def __init__(
-        self,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        smoothing: float,
-        num_classes: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.target, self.ignore_index = target, ignore_index
+        self, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, num_classes: int
+    ) -> None:  # fmt: skip
+        self.target, self.weight, self.ignore_index = target, weight, ignore_index
         self.smoothing, self.num_classes = smoothing, num_classes
-        self.weight = None if weight is None else weight.to(dtype)
-        self.total_weight = num_classes if weight is None else self.weight.sum()
+        self.total_weight = num_classes if weight is None else weight.sum()
 
     def pieces(self, rows: range) -> Iterator[tuple[slice, Tensor]]:
         """Cuts a range of rows at the stream boundary: (the piece within the range, its targets)."""
@@ -91,43 +84,36 @@ class _Targets:
 
 
 class _LinearCrossEntropy(Function):
-    """Per-row losses of a linear classifier. Saves the input, the weight, the target, and the product
-    input · Wᵀ + b in its own dtype unless that passes ``KEEP_LOGITS_BYTES``."""
+    """Loss of every row of scale · (x Wᵀ + b) + logit_bias, and whether it is right, as ``reference.correct`` says.
+
+    Saves the input, the weight, the target and, if ``keep``, the product x Wᵀ + b in its own dtype.
+    """
 
     @staticmethod
-    def forward(
-        ctx, x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, smoothing, count, keep
-    ):
-        rows, num_classes = x.shape[0], linear_weight.shape[0]
-        dtype = compute_dtype(x.dtype)
-        targets = _Targets(target, weight, ignore_index, smoothing, num_classes, dtype)
-        z = None
-        loss = x.new_empty(rows, dtype=dtype)
+    def forward(ctx, x, linear_weight, linear_bias, logit_bias, targets: _Targets, scale, count: bool, keep: bool):
+        rows = x.shape[0]
+        loss = x.new_empty(rows, dtype=compute_dtype(x.dtype))
         correct = torch.empty(2, rows if count else 0, dtype=torch.bool, device=x.device)
-        for r in [range(rows)] if keep else _products(x, num_classes):
+        for r in [range(rows)] if keep else _products(x, linear_weight.shape[0]):
             z = linear(x[r.start : r.stop], linear_weight, linear_bias)
             _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
             z = z if keep else None  # gone before the next product takes its room
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, target, weight, z)
-        ctx.options = (scale, ignore_index, smoothing)
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, targets.target, targets.weight, z)
+        ctx.targets, ctx.scale = targets, scale
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, grad, _):
+        *inputs, _, _, kept = ctx.saved_tensors
+        x, linear_weight, linear_bias, logit_bias = inputs
+        needs, targets, scale, rest = ctx.needs_input_grad[:4], ctx.targets, ctx.scale, [None] * 4
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad)
-        x, linear_weight, linear_bias, logit_bias, target, weight, kept = ctx.saved_tensors
-        scale, ignore_index, smoothing = ctx.options
-        needs = ctx.needs_input_grad[:4]
-        num_classes = linear_weight.shape[0]
-        targets = _Targets(target, weight, ignore_index, smoothing, num_classes, grad.dtype)
+            return *_differentiable(inputs, needs, targets, scale, grad), *rest
         in_place = kept is not None and donated(x)
-        chunks = [range(x.shape[0])] if in_place else list(_products(x, num_classes))
-        room = None if kept is None or in_place else x.new_empty(len(chunks[0]), num_classes)
-        dx = dw = db = None
-        if needs[0] and len(chunks) > 1:
-            dx = torch.empty_like(x)
+        chunks = [range(x.shape[0])] if in_place else list(_products(x, linear_weight.shape[0]))
+        room = None if kept is None or in_place else x.new_empty(len(chunks[0]), linear_weight.shape[0])
+        dx, dw, db = torch.empty_like(x) if needs[0] and len(chunks) > 1 else None, None, None
         with no_autocast(x):
             for r in chunks:
                 rows = slice(r.start, r.stop)
@@ -135,12 +121,10 @@ class _LinearCrossEntropy(Function):
                 dz = z if room is None else room[: len(r)]
                 sums = _d_products(z, r, targets, grad, scale, logit_bias, needs[2] or needs[3], out=dz)
                 db = sums if db is None else db.add_(sums)
-                if needs[0]:
-                    part_of_dx = mm(dz, linear_weight)
-                    if dx is None:
-                        dx = part_of_dx
-                    else:
-                        dx[rows] = part_of_dx
+                if dx is not None:
+                    dx[rows] = mm(dz, linear_weight)
+                elif needs[0]:
+                    dx = mm(dz, linear_weight)
                 if needs[1]:
                     dw = torch.mm(dz.mT, x[rows]) if dw is None else _add_mm(dw.to(grad.dtype), dz.mT, x[rows])
                 del z, dz
@@ -149,7 +133,7 @@ class _LinearCrossEntropy(Function):
             None if dw is None else dw.to(linear_weight.dtype),
             (db * scale).to(linear_bias.dtype) if needs[2] else None,
             db.to(logit_bias.dtype) if needs[3] else None,
-            *[None] * 7,
+            *rest,
         )
 
 
@@ -188,28 +172,20 @@ def _d_products(
     return sums
 
 
-def _differentiable_backward(ctx, grad: Tensor):
-    x, linear_weight, linear_bias, logit_bias, target, weight, _ = ctx.saved_tensors
-    scale, ignore_index, smoothing = ctx.options
-    needs = ctx.needs_input_grad[:4]
+def _differentiable(
+    inputs: Sequence[Tensor | None], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
+) -> Iterator[Tensor | None]:  # fmt: skip
+    """The gradients with a graph of their own: those of the reference."""
     # Aliases: where one input was computed from another, only the direct dependence is wanted here.
-    x, linear_weight, linear_bias, logit_bias = (
-        None if t is None else t.view_as(t) for t in (x, linear_weight, linear_bias, logit_bias)
-    )
+    x, linear_weight, linear_bias, logit_bias = inputs = [None if t is None else t.view_as(t) for t in inputs]
+    target = targets.target if len(x) == len(targets.target) else torch.cat([targets.target, targets.target])
     terms, _ = reference.linear_cross_entropy_terms(
-        x,
-        linear_weight,
-        target if x.shape[0] == target.shape[0] else torch.cat([target, target]),
-        linear_bias=linear_bias,
-        weight=weight,
-        logit_bias=logit_bias,
-        scale=scale,
-        ignore_index=ignore_index,
-        label_smoothing=smoothing,
-    )
-    inputs = [t for t, need in zip((x, linear_weight, linear_bias, logit_bias), needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(terms.loss, inputs, grad.to(terms.loss.dtype), create_graph=True))
-    return *(next(grads) if need else None for need in needs), *[None] * 7
+        x, linear_weight, target, linear_bias=linear_bias, weight=targets.weight, logit_bias=logit_bias, scale=scale,
+        ignore_index=targets.ignore_index, label_smoothing=targets.smoothing,
+    )  # fmt: skip
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(terms.loss, wanted, grad.to(terms.loss.dtype), create_graph=True))
+    return (next(grads) if need else None for need in needs)
 
 
 def _products(x: Tensor, num_classes: int) -> Iterator[range]:
@@ -236,35 +212,6 @@ def _cut(rows: range, step: int) -> Iterator[range]:
 def _within(z: Tensor, rows: range, part: range) -> Tensor:
     """Of z, which holds ``rows``, those of ``part``."""
     return z[part.start - rows.start : part.stop - rows.start]
-
-
-def linear_cross_entropy_rows(
-    x: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    logit_bias: Tensor | None,
-    scale: float,
-    ignore_index: int,
-    label_smoothing: float,
-    count_correct: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss of every row of logits = scale · (x Wᵀ + b) + logit_bias, and whether its largest logit is right.
-
-    x (M, C); target of N rows with M = N or 2N, the fork repeating it. Returns ((M,) in fp32 or fp64, (2, M) bool as
-    :func:`fastbf.reference.correct` gives, or an empty tensor unless ``count_correct``).
-    """
-    if logit_bias is not None:
-        logit_bias = logit_bias.to(compute_dtype(x.dtype))
-    size = x.shape[0] * linear_weight.shape[0] * x.dtype.itemsize
-    keep = differentiated(x, linear_weight, linear_bias, logit_bias) and size <= KEEP_LOGITS_BYTES
-    with no_autocast(x):
-        return _LinearCrossEntropy.apply(
-            x, linear_weight, linear_bias, logit_bias, target, weight, scale, ignore_index, label_smoothing,
-            count_correct, keep,
-        )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -296,10 +243,15 @@ def linear_cross_entropy(
         loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
         right = reference.correct(logits, unadjusted, repeated, ignore_index)
     else:
-        loss, right = linear_cross_entropy_rows(
-            x, linear_weight, target, linear_bias=linear_bias, weight=weight, logit_bias=logit_bias, scale=scale,
-            **kind, count_correct=stats,
-        )  # fmt: skip
+        compute = compute_dtype(x.dtype)
+        prior, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
+        keep = x.shape[0] * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
+        keep = keep and differentiated(x, linear_weight, linear_bias, prior)
+        targets = _Targets(target, factor, ignore_index, label_smoothing, num_classes)
+        with no_autocast(x):
+            loss, right = _LinearCrossEntropy.apply(
+                x, linear_weight, linear_bias, prior, targets, scale, stats, keep
+            )  # fmt: skip
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
     each = norm.sum()  # of a stream
     each = torch.where(each == 0, torch.nan, each)  # nothing counts, though smoothing may have left a loss

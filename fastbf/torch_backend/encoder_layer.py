@@ -1,4 +1,4 @@
-"""The torch backend's encoder layer: the steps of ``reference.py``, with this backend's attention, products and dropout.
+"""The torch backend's encoder layer: the steps of ``reference.py``, by this backend's attention, products and dropout.
 
 Autograd records PyTorch's own operators, which costs the host less than an autograd Function that calls them.
 """
@@ -22,7 +22,6 @@ from fastbf.torch_backend import attention, attention_across_ranks
 from fastbf.torch_backend.elementwise import activate, add_dropped
 from fastbf.torch_backend.matmul import linear
 
-
 # Up to so many words of a call are drawn at once.
 _SMALL = 1 << 16
 
@@ -37,7 +36,8 @@ def encoder_layer(
     w, channels, dropout = weights, x.shape[-1:], None
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
     if p:
-        dropout = Dropout(p, seed, compute_dtype(autocast_dtype(x) or x.dtype), (0, 0 if batch is None else batch.first, 0))
+        first = (0, 0 if batch is None else batch.first, 0)
+        dropout = Dropout(p, seed, compute_dtype(autocast_dtype(x) or x.dtype), first)
         if seed is None and not dropout.plain:
             _draw_ahead(dropout, x, w.linear1_weight.shape[0], num_heads)
 
@@ -59,7 +59,8 @@ def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None
     """Draws the decisions of a small call at once."""
     output, n = x.shape, x.shape[0]
     rows = math.prod(output[:-1])
-    if rows * (2 * output[-1] + width + num_heads * n) <= _SMALL:
+    scores = rows * num_heads * n
+    if 0 < scores + rows * (2 * output[-1] + width) <= _SMALL and scores <= attention.WHOLE:
         hidden = (*output[:-1], width)
         dropout.draw_ahead((rows // n * num_heads, n, n), output, hidden, output, device=x.device)
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbf.torch_backend import matmul as gemm
+from fastbf.torch_backend import matmul
 
 
 @pytest.fixture(autouse=True, params=["mkl", "onednn"])
 def _library(request, monkeypatch):
     """Whatever this processor prefers."""
-    monkeypatch.setattr(gemm, "_suits_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(matmul, "_suits_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(matmul, "_LARGE", 0)
 
 
 def matrices(dtype):
@@ -25,7 +26,7 @@ def test_linear_is_functional_linear(dtype, i):
     w, b = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in ((20, x.shape[1]), (20,)))
     for bias in (b, None):
         tensors = [x, w] if bias is None else [x, w, bias]
-        ours, theirs = gemm.linear(x, w, bias), F.linear(x, w, bias)
+        ours, theirs = matmul.linear(x, w, bias), F.linear(x, w, bias)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         grad = torch.randn(20, 33, dtype=dtype).mT
         for a, e in zip(*(torch.autograd.grad(out, tensors, grad) for out in (ours, theirs)), strict=True):
@@ -34,39 +35,42 @@ def test_linear_is_functional_linear(dtype, i):
 
 def test_more_dimensions():
     x, w = torch.randn(5, 3, 8), torch.randn(4, 8)
-    torch.testing.assert_close(gemm.linear(x, w, None), F.linear(x, w))
-    torch.testing.assert_close(gemm.linear(x.transpose(0, 1), w, None), F.linear(x.transpose(0, 1), w))
+    torch.testing.assert_close(matmul.linear(x, w, None), F.linear(x, w))
+    torch.testing.assert_close(matmul.linear(x.transpose(0, 1), w, None), F.linear(x.transpose(0, 1), w))
 
 
 def test_gradients_have_gradients():
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
-    first = torch.autograd.grad(gemm.linear(x, w, b).square().sum(), x, create_graph=True)[0]
+    first = torch.autograd.grad(matmul.linear(x, w, b).square().sum(), x, create_graph=True)[0]
     expected = torch.autograd.grad(F.linear(x, w, b).square().sum(), x, create_graph=True)[0]
     torch.testing.assert_close(
         torch.autograd.grad(first.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w)), rtol=1e-4, atol=1e-4
     )
 
 
-def test_slices_are_made_dense_for_onednn():
-    whole = torch.randn(8, 12)
-    assert gemm._dense(whole) is whole
-    assert gemm._dense(whole.mT).data_ptr() == whole.data_ptr()
-    assert gemm._dense(whole[:, :6]).is_contiguous()
-
-
 def test_the_public_switch_turns_onednn_off(monkeypatch):
-    monkeypatch.setattr(gemm, "_suits_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "_suits_onednn", lambda: True)
     x = torch.randn(3, 4)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not gemm._onednn(x)
-    assert gemm._onednn(x) == torch.backends.mkldnn.is_available()
-    assert not gemm._onednn(x.double())
+        assert not matmul._onednn(x, x)
+    assert matmul._onednn(x, x)
+    assert not matmul._onednn(x.double(), x.double())
+    with torch.autocast("cpu"):
+        assert not matmul._onednn(x, x)
+
+
+def test_small_products_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(matmul, "_LARGE", 1 << 40)
+    monkeypatch.setattr(matmul, "_product", None)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(matmul.linear(x, x, None), F.linear(x, x))
+    torch.testing.assert_close(matmul.mm(x, x.mT), x @ x.mT)
 
 
 @pytest.mark.parametrize("bias", [torch.randn(4, 6)[:, 2], torch.randn(1).expand(4), torch.randn(8)[::2]])
 def test_bias_of_any_stride(bias):
     x, w = torch.randn(3, 8), torch.randn(4, 8)
-    torch.testing.assert_close(gemm.linear(x, w, bias), F.linear(x, w, bias))
+    torch.testing.assert_close(matmul.linear(x, w, bias), F.linear(x, w, bias))
 
 
 def test_error_at_the_papers_width():
@@ -74,13 +78,5 @@ def test_error_at_the_papers_width():
     a, b = torch.randn(64, 2048), torch.randn(2048, 2048)
     exact = a.double() @ b.double()
     with torch.no_grad():
-        ours, eager = ((r.double() - exact).norm() for r in (gemm.mm(a, b), a @ b))
+        ours, eager = ((r.double() - exact).norm() for r in (matmul.mm(a, b), a @ b))
     assert ours <= 2 * eager + torch.finfo(torch.float32).eps * exact.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_add_up_in_place(dtype):
-    a, b, total = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype), torch.randn(5, 3)
-    expected = total + torch.mm(a, b)
-    assert gemm.add_mm(total, a, b) is total
-    torch.testing.assert_close(total, expected)
