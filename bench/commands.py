@@ -60,16 +60,18 @@ def _measure(arguments: argparse.Namespace) -> int:
         return 2
     ops = arguments.ops if arguments.command == "op" else ["step"]
     problems = [
-        Problem(op, w, dtype, device, 0.0 if op == "loss" else arguments.dropout)
+        Problem(op, w, dtype, device, rate)
         for op in ops
         for w in _workloads(arguments.workloads, op)
         for dtype in arguments.dtypes or [_default_dtype(op, device)]
+        for rate in ([0.0] if op == "loss" else arguments.dropout)
     ]
     memory = arguments.command == "memory"
+    busy = 0 if memory else arguments.busy
     plan = Plan(
         tuple(arguments.providers or PROVIDERS), ("both",) if memory else tuple(arguments.modes),
         ("eager",) if memory else tuple(arguments.capture), arguments.seconds, not memory,
-        arguments.max_flops or (CPU_FLOPS if device.type == "cpu" else float("inf")),
+        arguments.max_flops or (CPU_FLOPS if device.type == "cpu" else float("inf")), busy,
     )  # fmt: skip
     gc.freeze()  # each measurement collects, which takes longer the more there is
     warnings.filterwarnings("ignore", module="torch")  # of backends that were asked for and cannot serve
@@ -77,7 +79,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     if not groups:
         print("nothing to measure: none of these providers and workloads have such an op", file=sys.stderr)
         return 2
-    path = arguments.csv or RESULTS / file_name(arguments.command, where)
+    path = arguments.csv or RESULTS / file_name(arguments.command + "-busy" * (busy > 0), where)
     print(f"{where.device}; torch {where.torch}, triton {where.triton}, commit {where.commit}, {where.date}")
     failed = []
     try:
@@ -125,7 +127,8 @@ def _limits(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    for path in report.make(arguments.csv or sorted(RESULTS.glob("*.csv")), arguments.readme, arguments.pictures):
+    paths, pages = arguments.csv or sorted(RESULTS.glob("*.csv")), (arguments.readme, arguments.docs)
+    for path in report.make(paths, pages, arguments.pictures):
         print(f"written: {path}")
     return 0
 
@@ -176,9 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--dtypes", nargs="+", choices=MEASURED_DTYPES, help="default: fp32 on CPU; amp, attention bf16, on a GPU"
         )
-        sub.add_argument("--dropout", type=float, default=0.5, help="default: 0.5, the paper's")
+        sub.add_argument(
+            "--dropout", nargs="+", type=float, default=[0.5], metavar="RATE", help="default: 0.5, the paper's"
+        )
         sub.add_argument("--device", help="default: cuda if there is one")
-        sub.add_argument("--csv", type=Path, help="default: bench/results/COMMAND-DEVICE.csv")
+        sub.add_argument(
+            "--csv", type=Path, help="default: bench/results/COMMAND-DEVICE.csv, COMMAND-busy-DEVICE.csv with --busy"
+        )
         sub.add_argument(
             "--max-flops", type=float, help=f"skip problems of more; default: none, {CPU_FLOPS:.0e} on CPU"
         )
@@ -186,14 +193,18 @@ def _parser() -> argparse.ArgumentParser:
         if name != "memory":
             sub.add_argument("--modes", nargs="+", choices=MODES, default=["both"])
             sub.add_argument("--capture", nargs="+", choices=CAPTURES, default=["eager"], help="graph: one CUDA graph")
+            sub.add_argument(
+                "--busy", type=int, default=0, metavar="N", help="other processes that keep the CPU busy; default: none"
+            )
     sub = command("host", "what launches and steps cost the host", _host)
     sub.add_argument("--csv", type=Path, help="default: bench/results/host-DEVICE.csv")
     sub.add_argument("--seconds", type=float, default=2.0, help="for each measurement; default: 2")
     sub = command("limits", "on paper: FLOPs, bytes and launches of a step, and the time an H100 allows", _limits)
     sub.add_argument("--workloads", nargs="+", choices=BY_NAME, metavar="NAME", help="default: all; see list")
-    sub = command("report", "the README's tables and the pictures, from CSV files", _report)
+    sub = command("report", "the tables of README and docs, and the pictures, from CSV files", _report)
     sub.add_argument("--csv", type=Path, nargs="+", help="default: all in bench/results")
     sub.add_argument("--readme", type=Path, default=Path("README.md"), help="default: README.md")
+    sub.add_argument("--docs", type=Path, default=Path("docs/benchmarks.md"), help="default: docs/benchmarks.md")
     sub.add_argument("--pictures", type=Path, default=RESULTS, help="folder; default: bench/results")
     sub = command("tune", "times candidates for the table of attention's tiles on this GPU", _tune)
     sub.add_argument("--seconds", type=float, default=0.05, help="for each candidate; default: 0.05")

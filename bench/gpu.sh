@@ -90,7 +90,9 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     measure step-large 45 step step --seconds 0.1 --providers fastbf paper sdpa-flash sdpa-efficient --workloads $large
     measure attention 35 ops op attention --seconds 0.05 --modes forward backward --providers fastbf paper sdpa-flash \
         sdpa-efficient ffpa --workloads imagenet-lt-512 large-4096-2048 large-16384-2048 large-4096-512 v2-deit-s v2-detr
-    measure loss 35 ops op loss --seconds 0.05 --providers fastbf paper F.linear_cross_entropy liger cut-cross-entropy
+    # shellcheck disable=SC2086
+    measure loss 35 ops op loss --seconds 0.05 --providers fastbf paper F.linear_cross_entropy liger cut-cross-entropy \
+        --workloads $papers $large large-32768-2048 classes-8142 classes-50000 classes-128000
     part tune 60 "$python" -m bench tune --budget 45 --csv "$out/tune.csv"
     measure compiled 60 compiled step --seconds 0.1 --providers fastbf fastbf-graphed paper compile compile-max \
         --workloads imagenet-lt-256 large-4096-512 cifar100-lt v2-deit-s

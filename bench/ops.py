@@ -164,7 +164,7 @@ OPS = {
         lambda w: 2 * _loss_flops(w),
     ),
     "step": Op(
-        "layer, fork, classifier and loss; the fork alone where there are no classes",
+        "layer, fork, mean over positions, classifier and loss; the fork alone where there are no classes",
         _step,
         lambda w: _linear_flops(w) + _attention_flops(w) + _loss_flops(w),
         lambda w: 2 * _linear_flops(w) + 2.5 * _attention_flops(w) + 2 * _loss_flops(w),

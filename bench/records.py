@@ -65,6 +65,7 @@ class Record(NamedTuple):
     copy_gbytes_per_s: float | None  #: the ceilings, measured in the same run
     product_tflops_per_s: float | None
     share: float | None  #: of the median, what the ceilings allow at best
+    busy: int = 0  #: other processes that kept the CPU busy
 
 
 COLUMNS = (*Environment._fields, *Record._fields)
@@ -161,13 +162,16 @@ def _short(value: object) -> object:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Every row of the files, numbers as numbers and empty ones None, and the file as ``run``."""
+    """Every row of the files, numbers as numbers and empty ones None, and the file as ``run``.
+
+    Files of earlier versions have no column ``busy``: nothing was.
+    """
     rows = []
     for path in paths:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 numbers = {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
-                rows.append({**numbers, "run": path.name})
+                rows.append({"busy": 0.0, **numbers, "run": path.name})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The README's tables and the pictures, from the CSV files and nothing else."""
+"""The tables of the README and of docs/benchmarks.md, and the pictures, from the CSV files and nothing else."""
 
 from __future__ import annotations
 
@@ -6,37 +6,58 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from bench import pictures
-from bench.providers import OURS
+from bench.providers import OURS, PROVIDERS
 from bench.records import Row, read
+from bench.workloads import BUSY, LARGE, SMALL
 
 OUR_NAMES = tuple(p.name for p in OURS)
+#: The blocks about the PyTorch fallback on a CPU, and their workloads; "busy" is beside busy processes.
+FALLBACK = {"small": SMALL, "large": LARGE, "busy": BUSY}
+Table = Callable[[list[Row]], str]
 _UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  #: what is read is written, byte for byte
 
 
-def make(paths: Iterable[Path], readme: Path, folder: Path) -> list[Path]:
-    """Fills the README's marked blocks and draws the pictures; returns what was written.
+def make(paths: Iterable[Path], pages: Sequence[Path], folder: Path) -> list[Path]:
+    """Fills the pages' marked blocks and draws the pictures; returns what was written.
 
     A block stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is step, loss or another op,
-    memory, host or pictures. What was not measured is not mentioned. The README is UTF-8 whatever the locale says.
+    memory, host, pictures, or a key of ``FALLBACK``. What was not measured is not mentioned. Pages are UTF-8 whatever
+    the locale says.
     """
     rows = [r for r in read(paths) if "op" in r]  # tuning has other columns
-    drawn = pictures.draw(rows, folder)
-    with readme.open(**_UTF8) as file:
+    drawn = pictures.draw([r for r in rows if _headline(r)], folder)
+    for page in pages:
+        _fill(page, rows, drawn)
+    return [*pages, *drawn]
+
+
+def _headline(r: Row) -> bool:
+    """Whether it belongs to tables and pictures of every device: whole computations, not small, on an idle machine.
+
+    Of the rates the paper's; the loss has none.
+    """
+    known = PROVIDERS.get(r["provider"])
+    whole = known is None or not known.traits.unchecked
+    paper = r["dropout"] == 0.5 or r["op"] == "loss"
+    return whole and paper and not r["busy"] and not r["workload"].startswith("small-")
+
+
+def _fill(page: Path, rows: list[Row], drawn: list[Path]) -> None:
+    with page.open(**_UTF8) as file:
         text = file.read()
 
     def fill(match: re.Match) -> str:
-        block = _block(match["name"], rows, [os.path.relpath(path, readme.parent) for path in drawn])
+        block = _block(match["name"], rows, [os.path.relpath(path, page.parent) for path in drawn])
         filled = f"<!-- bench:{match['name']} -->\n\n{block}\n\n<!-- /bench:{match['name']} -->"
         return filled.replace("\n", match["newline"])
 
     pattern = re.compile(r"<!-- bench:(?P<name>\w+) -->(?P<newline>\r?\n).*?<!-- /bench:(?P=name) -->", re.DOTALL)
-    _rewrite(readme.resolve(), pattern.sub(fill, text))
-    return [readme, *drawn]
+    _rewrite(page.resolve(), pattern.sub(fill, text))
 
 
 def _rewrite(path: Path, text: str) -> None:
@@ -55,24 +76,32 @@ def _block(name: str, rows: list[Row], drawn: list[str]) -> str:
     if name == "pictures":
         return "\n".join(f"![{Path(path).stem.replace('-', ' ')}]({path})" for path in drawn)
     if name == "host":
-        return _by_machine([r for r in rows if r["mode"] == "host"], _host)
+        return _on_every_device([r for r in rows if r["mode"] == "host"], _host)
     rows = [r for r in rows if r["mode"] == "both" and r["status"] == "measured"]
+    if name in FALLBACK:
+        return _by_machine([r for r in rows if _of_fallback(r, name)], _fallback) or "Not measured yet."
+    rows = [r for r in rows if _headline(r)]
     if name == "memory":
-        return _by_machine([r for r in rows if r["op"] == "step" and r["peak_mib"] is not None], _memory)
-    return _by_machine([r for r in rows if r["op"] == name and r["p50_ms"] is not None], _times)
+        return _on_every_device([r for r in rows if r["op"] == "step" and r["peak_mib"] is not None], _memory)
+    return _on_every_device([r for r in rows if r["op"] == name and r["p50_ms"] is not None], _times)
 
 
-def _by_machine(rows: list[Row], table) -> str:
+def _on_every_device(rows: list[Row], table: Table) -> str:
+    gpu = any(r["device_type"] == "cuda" for r in rows)
+    return "\n\n".join(filter(None, [_by_machine(rows, table), "Not measured on a GPU yet." * (not gpu)]))
+
+
+def _by_machine(rows: list[Row], table: Table) -> str:
     """A table for each run, with a line that says where and when; GPUs first."""
 
-    def machine(r: Row) -> tuple[str, ...]:
-        return r["device_type"] != "cuda", r["device"], r["torch"], r["triton"], r["commit"], r["date"]
+    def machine(r: Row) -> tuple[object, ...]:
+        return r["device_type"] != "cuda", r["device"], r["busy"], r["torch"], r["triton"], r["commit"], r["date"]
 
     parts = []
-    for (_, device, torch, triton, commit, date), group in groupby(sorted(rows, key=machine), key=machine):
-        parts += [table(list(group)), f"{device}, torch {torch}, triton {triton}, commit {commit}, {date}."]
-    gpu = any(r["device_type"] == "cuda" for r in rows)
-    return "\n\n".join(parts + ([] if gpu else ["Not measured on a GPU yet."]))
+    for (_, device, busy, torch, triton, commit, date), group in groupby(sorted(rows, key=machine), key=machine):
+        beside = f", beside {busy:.0f} busy processes" * (busy > 0)
+        parts += [table(list(group)), f"{device}{beside}, torch {torch}, triton {triton}, commit {commit}, {date}."]
+    return "\n\n".join(parts)
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -139,6 +168,33 @@ def _short(value: float) -> str:
 
 def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def _of_fallback(r: Row, name: str) -> bool:
+    """Whether a row belongs to that block."""
+    step = r["op"] == "step" and r["p50_ms"] is not None and r["workload"] in FALLBACK[name]
+    plain = r["device_type"] == "cpu" and r["dtype"] == "fp32" and r["capture"] == "eager"
+    return step and plain and (r["busy"] > 0) == (name == "busy")
+
+
+def _fallback(rows: list[Row]) -> str:
+    """The fallback beside the paper's code, as it is and compiled, and beside the matrix products alone."""
+    order, lines, ratios = [*SMALL, *LARGE], [], []
+    for group in sorted(_problems(rows), key=lambda g: (order.index(g[0]["workload"]), -g[0]["dropout"])):
+        ms = {r["provider"]: r["p50_ms"] for r in group}
+        if not {"paper", "fastbf-torch"} <= ms.keys():
+            continue
+        rate, paper, ours = f"{group[0]['dropout']:g}", ms["paper"], ms["fastbf-torch"]
+        ratios.append((rate, paper / ours))
+        others = [_short(ms[name]) if name in ms else "" for name in ("compile", "products")]
+        share = f"{ours / ms['products']:.2f}" if "products" in ms else ""
+        lines.append([size(group[0]), rate, _short(paper), _short(ours), f"{paper / ours:.2f}", *others, share])
+    rates = sorted({rate for rate, _ in ratios}, reverse=True)
+    for rate in rates + ["all"] * (len(rates) > 1):
+        some = [ratio for r, ratio in ratios if rate in (r, "all")]
+        lines.append(["geometric mean; worst", rate, "", "", f"{_mean(some):.2f}; {min(some):.2f}", "", "", ""])
+    head = ["workload", "dropout", "paper's code, ms", "fastbf, ms", "ratio", "compiled paper's code, ms"]
+    return _markdown([*head, "products alone, ms", "fastbf ÷ products"], lines)
 
 
 def _memory(rows: list[Row]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from bench import ceilings, timing
+from bench.busy import busy_processes
 from bench.ops import OPS, Problem, compulsory_bytes
 from bench.providers import PROVIDERS, Provider, Unavailable, captured, differs, timed
 from bench.records import Record
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     seconds: float  #: for each measurement
     timed: bool = True  #: else memory alone
     max_flops: float = float("inf")  #: problems of more are skipped
+    busy: int = 0  #: processes that keep the CPU busy while something is timed
 
 
 class Cell(NamedTuple):
@@ -83,15 +85,16 @@ def _together(
             results[cell] = _reason(error)
     if ready and plan.timed:
         try:
-            taken = timing.times({c.provider: r.run for c, r in ready.items()}, group[0].problem.device, plan.seconds)
+            taken = _times(ready, plan)
         except Exception as error:
             results |= dict.fromkeys(ready, _reason(error))
             ready, taken = {}, {}
     for cell in group:
         if cell in ready:
-            yield _record(cell, ready[cell], taken[cell.provider] if plan.timed else [], limit)
+            record = _record(cell, ready[cell], taken[cell.provider] if plan.timed else [], limit)
         else:
-            yield _missing(cell, *results[cell])
+            record = _missing(cell, *results[cell])
+        yield record._replace(busy=plan.busy)
     ready.clear()
     _clear(group[0].problem.device, failed=bool(results))
 
@@ -134,7 +137,7 @@ def _prepare(cell: Cell, plan: Plan) -> _Ready:
     if (flops := OPS[problem.op].flops(problem.workload, cell.mode)) > plan.max_flops:
         raise Unavailable(f"{flops:.1e} floating-point operations are more than --max-flops {plan.max_flops:.1e}")
     checked = PROVIDERS[provider.traits.checked_as or cell.provider]
-    wrong = _differs(checked, problem.reduced(provider.traits.samples))
+    wrong = "" if provider.traits.unchecked else _differs(checked, problem.reduced(provider.traits.samples))
     if wrong:
         raise Unavailable(f"not the same computation: {wrong}")
     inputs = problem.inputs()
@@ -146,6 +149,13 @@ def _prepare(cell: Cell, plan: Plan) -> _Ready:
     seen = cell.capture == "eager" and problem.device.type not in provider.traits.memory_unseen_on
     peak = timing.peak_memory(run, problem.device) if seen else None
     return _Ready(run, peak, compulsory_bytes(inputs, result_bytes, cell.mode), case.note)
+
+
+def _times(ready: dict[Cell, _Ready], plan: Plan) -> dict[str, list[float]]:
+    """Of each provider, while processes keep the CPU busy if that is asked for."""
+    device = next(iter(ready)).problem.device
+    with busy_processes(plan.busy):
+        return timing.times({cell.provider: r.run for cell, r in ready.items()}, device, plan.seconds)
 
 
 @cache

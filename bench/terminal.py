@@ -9,16 +9,17 @@ from bench.records import Record
 from bench.workloads import BY_NAME
 
 
-def _problem(r: Record) -> tuple[str, str, str, float, str, str]:
-    return r.op, r.workload, r.dtype, r.dropout, r.mode, r.capture
+def _problem(r: Record) -> tuple[str, str, str, float, str, str, int]:
+    return r.op, r.workload, r.dtype, r.dropout, r.mode, r.capture, r.busy
 
 
 def show(records: Iterable[Record], put: Callable[[str], None] = print) -> None:
     """A table for each group of measurements that belong side by side."""
     for key, group in itertools.groupby(records, key=_problem):
         rows = list(group)
-        op, name, dtype, dropout, mode, capture = key
-        put(f"\n{op}, {name} ({BY_NAME[name].size}), {dtype}, dropout {dropout:g}, {mode}, {capture}")
+        op, name, dtype, dropout, mode, capture, busy = key
+        beside = f", beside {busy} busy processes" * (busy > 0)
+        put(f"\n{op}, {name} ({BY_NAME[name].size}), {dtype}, dropout {dropout:g}, {mode}, {capture}{beside}")
         put(f"  {'provider':<22}{'p50 ms':>10}{'p20':>10}{'p80':>10}{'paper ÷':>9}{'peak MiB':>10}{'share':>8}")
         paper = next((r.p50_ms for r in rows if r.provider == "paper"), None)
         for r in rows:

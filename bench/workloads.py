@@ -1,4 +1,4 @@
-"""What is measured: the configurations of the BatchFormer papers, and large batches, as data.
+"""What is measured: the configurations of the BatchFormer papers, large batches and small ones, as data.
 
 Sources: BatchFormer (arXiv 2203.01522), section 4 and its released configurations; BatchFormerV2 (arXiv 2204.01254).
 """
@@ -71,8 +71,31 @@ WORKLOADS = (
     Workload("large-4096-2048", 4096, 2048, 1000),
     Workload("large-16384-2048", 16_384, 2048, 1000),
     Workload("large-32768-2048", 32_768, 2048, 1000),
+    Workload("large-512-512-8142", 512, 512, 8142),
     Workload("classes-8142", 1024, 512, 8142, loss_only=True),
     Workload("classes-50000", 512, 512, 50_000, loss_only=True),
     Workload("classes-128000", 8192, 2048, 128_000, loss_only=True),
+    Workload("small-16-64", 16, 64, 10),
+    Workload("small-64-64", 64, 64, 10),
+    Workload("small-128-64", 128, 64, 100),
+    Workload("small-128-128", 128, 128, 100),
+    Workload("small-256-64", 256, 64, 100),
+    Workload("small-32-512", 32, 512, 100),
+    Workload("small-128-512", 128, 512, 1000),
+    Workload("small-v2-16-65-64", 16, 64, 10, positions=65),
+    Workload("small-v2-32-197-192", 32, 192, 100, positions=197),
+    Workload("small-v2-2-500-256", 2, 256, 91, positions=500),
 )
 BY_NAME = {w.name: w for w in WORKLOADS}
+
+#: Names, as in the tables of docs/benchmarks.md.
+SMALL = (
+    "small-16-64", "small-64-64", "small-128-64", "small-128-128", "small-256-64", "small-32-512", "small-128-512",
+    "cifar100-lt", "large-1024-512", "small-v2-16-65-64", "small-v2-32-197-192", "small-v2-2-500-256",
+)  # fmt: skip
+LARGE = ("small-128-512", "large-1024-512", "large-4096-512", "large-512-512-8142", "imagenet-lt-256")
+#: Measured beside busy processes too.
+BUSY = (
+    "small-16-64", "small-64-64", "small-128-64", "small-128-512", "cifar100-lt", "small-v2-16-65-64",
+    "small-v2-2-500-256",
+)  # fmt: skip

@@ -2,8 +2,8 @@
 
 Counter-based (Philox4x32-7: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), so a
 decision never depends on how a tensor is cut into chunks, is the same on every device, and can be drawn again
-in backward instead of being stored. It also costs far less than ``bernoulli_``: at p = 0.5 one Philox call of
-128 bits decides for 128 elements, else for 8.
+in backward instead of being stored: at p = 0.5 one Philox call of 128 bits decides for 128 elements, else for 8.
+Where nobody needs that, PyTorch's default generator gives as many bits in less time, and the rest is the same.
 
 Layout, which every kernel shares::
 

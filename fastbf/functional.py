@@ -52,9 +52,9 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, needed: 
     return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _needs_seed(choice: Choice, alone: bool = True) -> bool:
-    """Whether decisions must be a function of a seed and of places: on kernels, and in a batch that ranks share."""
-    return choice.backend == "triton" or not alone
+def _needs_seed(choice: Choice, group: str | None = None) -> bool:
+    """Whether decisions must be a function of a seed and of places: on kernels, and in a group that shares a batch."""
+    return choice.backend == "triton" or group is not None
 
 
 def _run(in_torch: Callable[..., T], choice: Choice, backend: str, *args: Any, **options: Any) -> T:
@@ -101,8 +101,8 @@ def batch_attention(
         v: as k.
         dropout_p: probability in [0, 1] of dropping an attention weight; kept ones are scaled up.
         scale: of the scores; None is 1/√D.
-        seed: an int, or an int64 tensor of one element on q's device, that fixes which weights are dropped; None
-            draws one from the default generator.
+        seed: an int, or an int64 tensor of one element on q's device, that fixes which weights are dropped, the same
+            on both backends; None leaves that to the default generator.
         backend: see the module's docstring.
 
     Returns:
@@ -291,7 +291,7 @@ def encoder_layer(
         x, plain = _with_stand_in(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
     options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps, "p": p}
-    options |= {"seed": _as_seed(seed, p, x.device, _needs_seed(choice, alone)), "plain": plain, "forked": forked}
+    options |= {"seed": _as_seed(seed, p, x.device, _needs_seed(choice, group)), "plain": plain, "forked": forked}
     if alone:
         return _run(layer.encoder_layer, choice, backend, x, weights, **options)
     batch = _meet(group, x, weights, absent, choice, **options)
@@ -417,9 +417,8 @@ def linear_cross_entropy(
       dtype of the product, and their gradient takes their place, or, where the graph is retained, compiled or captured
       as a CUDA graph, stands beside them in row chunks of 1/64 of the memory (512 rows at least). Larger ones are made
       in such chunks and made again in backward, which is a third more products. Cannot be differentiated twice.
-    - torch: few logits (2 million elements on a CPU, which stay in cache; 64 million on a GPU) go through
-      ``F.cross_entropy`` as they are. Up to 1 GiB they are kept likewise, and larger ones are made again, in row
-      chunks, in backward.
+    - torch: few logits (half a million elements) go through ``F.cross_entropy`` as they are. Up to 1 GiB they are kept
+      likewise, and larger ones are made again, in row chunks, in backward.
 
     So where K ≤ C, and gradients take more room than logits, both compute the products that plain PyTorch computes.
     Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU, where

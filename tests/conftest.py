@@ -19,6 +19,12 @@ def _seeded():
 
 
 @pytest.fixture
+def counter_based(monkeypatch):
+    """Dropout decides by a drawn seed everywhere, as on kernels and across ranks: results can be compared with those."""
+    monkeypatch.setattr("fastbf.functional._needs_seed", lambda *_: True)
+
+
+@pytest.fixture
 def guards(monkeypatch):
     """Every buffer that launchers and Functions allocate holds NaN between marks, which must survive."""
     guards = Guards()

@@ -3,17 +3,35 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import commands, counts, host, limits, pictures, records, report, runner, timing
+from bench import (
+    commands,
+    counts,
+    host,
+    limits,
+    pictures,
+    records,
+    report,
+    runner,
+    targets,
+    test_ops,
+    timing,
+    workloads,
+)
+from bench.busy import busy_processes
 from bench.ops import MODES, OPS, Problem, compulsory_bytes
 from bench.providers import PROVIDERS, Case, Traits, Unavailable, differs, timed
 from bench.runner import Plan
@@ -22,6 +40,7 @@ from bench.workloads import BY_NAME, WORKLOADS, Workload
 CPU = torch.device("cpu")
 SMALL = Workload("cifar100-lt", 24, 64, 10)
 DENSE = Workload("v2-detr", 2, 64, positions=5)
+POOLED = Workload("small-v2-16-65-64", 24, 64, 10, positions=5)
 PLAN = Plan(("fastbf-torch", "paper"), ("both",), ("eager",), seconds=0.0)
 ROOT = Path(__file__).parents[1]
 
@@ -93,19 +112,36 @@ class TestWorkloads:
         assert (small.n <= 32) == (w.n <= 32)
         assert (small.c, small.ops) == (w.c, w.ops)
 
+    def test_tables(self):
+        """Of docs/benchmarks.md: (N, L, C, K)."""
+
+        def sizes(names):
+            return [(w.n, w.positions, w.c, w.k) for w in map(BY_NAME.get, names)]
+
+        assert sizes(workloads.SMALL) == [
+            (16, 1, 64, 10), (64, 1, 64, 10), (128, 1, 64, 100), (128, 1, 128, 100), (256, 1, 64, 100),
+            (32, 1, 512, 100), (128, 1, 512, 1000), (512, 1, 64, 100), (1024, 1, 512, 1000), (16, 65, 64, 10),
+            (32, 197, 192, 100), (2, 500, 256, 91),
+        ]  # fmt: skip
+        assert sizes(workloads.LARGE) == [
+            (128, 1, 512, 1000), (1024, 1, 512, 1000), (4096, 1, 512, 1000), (512, 1, 512, 8142), (256, 1, 2048, 1000)
+        ]  # fmt: skip
+        assert set(workloads.BUSY) < set(workloads.SMALL)
+
 
 class TestOps:
+    @pytest.mark.parametrize("w", [SMALL, POOLED], ids=lambda w: w.name)
     @pytest.mark.parametrize("op", ["layer", "step", "loss"])
-    def test_flops_are_those_of_the_products(self, op):
+    def test_flops_are_those_of_the_products(self, op, w):
         """Forward to the last; backward too, but for the scores that fused attention computes again."""
-        w, p = SMALL, problem(op)
+        p = problem(op, w)
         case = PROVIDERS["paper"].case(p, p.inputs())
         with FlopCounterMode(display=False) as forward:
             out = case.forward()
         assert forward.get_total_flops() == OPS[op].flops(w, "forward")
         with FlopCounterMode(display=False) as backward:
             case.gradients(out, torch.ones_like(out))
-        again = 0.0 if op == "loss" else 2.0 * w.n**2 * w.c
+        again = 0.0 if op == "loss" else 2.0 * w.n**2 * w.c * w.positions
         assert backward.get_total_flops() == OPS[op].flops(w, "backward") - again
 
     def test_bytes_of_an_op_in_place_of_many(self):
@@ -135,9 +171,32 @@ class TestProviders:
         """Rounding flips signs that ReLU looks at, which must not be taken for another computation."""
         assert differs(PROVIDERS["fastbf-torch"], PROVIDERS["paper"], problem(op, dtype=dtype).reduced()) == ""
 
-    @pytest.mark.parametrize("name", ["fastbf", "fastbf-torch"])
-    def test_compute_the_same_of_dense_features(self, name):
-        assert differs(PROVIDERS[name], PROVIDERS["paper"], problem("step", DENSE).reduced()) == ""
+    @pytest.mark.parametrize("w", [DENSE, POOLED], ids=["fork", "classes"])
+    @pytest.mark.parametrize("name", ["fastbf", "fastbf-torch", "compile", "sdpa-math"])
+    def test_compute_the_same_of_dense_features(self, name, w):
+        assert differs(PROVIDERS[name], PROVIDERS["paper"], problem("step", w).reduced()) == ""
+
+    def test_dense_features_of_the_papers_step(self):
+        """Attention along the batch, then the mean over positions, written out."""
+        p = problem("step", POOLED, dropout=0.0)
+        case = PROVIDERS["paper"].case(p, p.inputs())
+        x, *parameters, w, b = case.leaves
+        layer = nn.TransformerEncoderLayer(POOLED.c, 4, POOLED.c, 0.0)
+        layer.load_state_dict(dict(zip(layer.state_dict(), parameters, strict=True)))
+        mixed = torch.stack([layer(x[:, i : i + 1])[:, 0] for i in range(POOLED.positions)], dim=1)
+        rows, y = torch.cat([x.mean(1), mixed.mean(1)]), p.inputs().target
+        torch.testing.assert_close(case.forward(), nn.functional.cross_entropy(rows @ w.mT + b, torch.cat([y, y])))
+
+    @pytest.mark.parametrize("w", [SMALL, POOLED, DENSE], ids=lambda w: w.name)
+    def test_products_are_those_of_a_step(self, w):
+        """All of them, the scores once, and nothing else."""
+        p = problem("step", w)
+        run = timed(PROVIDERS["products"].case(p, p.inputs()), "both").run
+        with counts.Counter() as counter:
+            run()
+        made = counter.take()
+        assert sum(i.flops for i in made) == OPS["step"].flops(w, "both") - 2.0 * w.n**2 * w.c * w.positions
+        assert {i.name for i in made} == {"addmm", "mm", "bmm"}
 
     @pytest.mark.parametrize("name", ["compile-max", "liger", "cut-cross-entropy", "ffpa"])
     def test_say_why_they_cannot_serve(self, name):
@@ -157,6 +216,15 @@ class TestProviders:
 
 
 class TestRunner:
+    def test_products_are_not_compared(self, monkeypatch):
+        """They are measured all the same, but not in one direction, and not under pytest-benchmark."""
+        monkeypatch.setattr(runner, "_differs", lambda provider, _: pytest.fail(f"{provider.name} was compared"))
+        plan = PLAN._replace(providers=("products",), modes=("both", "forward"))
+        both, forward = measured(plan, problem(), problem("loss"))
+        assert (both.status, both.peak_mib, forward.status) == ("measured", None, "skipped")
+        assert both.p50_ms > 0
+        assert "products" not in test_ops.NAMES
+
     def test_measures(self):
         ours, paper = measured()
         assert (ours.provider, paper.provider) == ("fastbf-torch", "paper")
@@ -182,6 +250,23 @@ class TestRunner:
         assert result.returncode == 0, result.stdout + result.stderr
         assert "paper \\xf7" in result.stdout
         assert [row["status"] for row in records.read([rows])] == ["measured", "measured"]
+
+    def test_rates_and_busy_processes(self, monkeypatch, tmp_path):
+        """Every rate of a step, one of the loss, which has none; the file of a busy run is another one."""
+        monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(commands, "RESULTS", tmp_path)
+        what = ["--workloads", "small-16-64", "--providers", "paper", "--seconds", "0.02", "--device", "cpu"]
+        what += ["--dropout", "0.5", "0.1"]
+        for command, rates, busy in (
+            (["step"], [0.5, 0.1], 0), (["step", "--busy", "1"], [0.5, 0.1], 1), (["op", "loss"], [0.0], 0),
+            (["memory"], [0.5, 0.1], 0),
+        ):  # fmt: skip
+            assert commands.main([*command, *what]) == 0
+            (path,) = tmp_path.glob("*.csv")
+            assert path.name.startswith(f"{command[0]}-busy-" if busy else f"{command[0]}-")
+            assert ("busy" in path.name) == (busy > 0)
+            assert [(row["dropout"], row["busy"]) for row in records.read([path])] == [(rate, busy) for rate in rates]
+            path.unlink()
 
     def test_our_failure_is_an_error(self, monkeypatch, tmp_path):
         def fail(*_):
@@ -230,6 +315,116 @@ class TestRunner:
         assert calls["a"] == calls["b"] == len(taken["a"]) + 1
 
 
+#: A process that starts another one and is killed.
+KILLED = """
+import os, signal
+from bench.busy import busy_processes
+
+with busy_processes(1):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+class TestBusy:
+    """Processes keep the CPU busy as long as something is timed, however that ends."""
+
+    @pytest.fixture
+    def started(self, monkeypatch):
+        class Popen(subprocess.Popen):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                processes.append(self)
+
+        processes = []
+        monkeypatch.setattr(subprocess, "Popen", Popen)
+        return processes
+
+    def test_spin(self):
+        """In sessions of their own, where Ctrl-C does not reach them."""
+        before = os.times().children_user
+        with busy_processes(2) as processes:
+            time.sleep(0.5)
+            assert [p.poll() for p in processes] == [None, None]
+            assert os.getsid(0) not in [os.getsid(p.pid) for p in processes]
+        assert [p.returncode for p in processes] == [-signal.SIGKILL] * 2
+        assert os.times().children_user > before + 0.05
+
+    @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+    def test_while_something_is_timed(self, error, started, monkeypatch):
+        def times(runs, *_):
+            running.extend(p.poll() for p in started)
+            if error:
+                raise error
+            return {name: [1.0] for name in runs}
+
+        running = []
+        monkeypatch.setattr(timing, "times", times)
+        with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
+            rows = measured(PLAN._replace(busy=2), problem("loss"))
+            assert {(r.status, r.busy) for r in rows} == {("failed" if error else "measured", 2)}
+        assert running == [None, None]
+        assert [p.returncode for p in started] == [-signal.SIGKILL] * 2
+
+    def test_none_unless_asked_for(self, started):
+        assert {r.busy for r in measured(PLAN, problem("loss"))} == {0}
+        assert not started
+
+    def test_end_with_the_process_that_started_them(self):
+        """They hold its standard output, which is read to the end."""
+        result = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, timeout=60, check=False)
+        assert result.returncode == -signal.SIGKILL
+
+
+class TestTargets:
+    @pytest.fixture
+    def attempts(self, monkeypatch):
+        """Ratios of workloads, by attempt, in the place of measurements; what was measured comes back."""
+
+        def install(*ratios):
+            def pairs(problems, plan):
+                names = [p.workload.name for p in problems]
+                seen.append((names, plan.busy))
+                now = ratios[len(seen) - 1]
+                return [(SimpleNamespace(p50_ms=1.0), SimpleNamespace(p50_ms=now[name])) for name in names]
+
+            monkeypatch.setattr(targets, "pairs", pairs)
+            return seen
+
+        seen = []
+        return install
+
+    PROBLEMS = (problem(), problem(workload=DENSE))
+    A, B = SMALL.name, DENSE.name
+
+    def test_what_is_slow_is_measured_again(self, attempts):
+        seen = attempts({self.A: 0.9, self.B: 2.0}, {self.A: 0.8}, {self.A: 1.0})
+        targets.hold(self.PROBLEMS, 1.0, busy=3)
+        assert seen == [([self.A, self.B], 3), ([self.A], 3), ([self.A], 3)]
+
+    def test_all_are_where_the_mean_is_too_low(self, attempts):
+        """One that was quick enough once may be slow by then."""
+        seen = attempts({self.A: 1.1, self.B: 1.2}, {self.A: 0.9, self.B: 3.0})
+        targets.hold(self.PROBLEMS, 1.0, 1.4)
+        assert seen == [([self.A, self.B], 0)] * 2
+
+    @pytest.mark.parametrize("slow", [{A: 0.9, B: 9.0}, {A: 1.1, B: 1.2}], ids=["worst", "mean"])
+    def test_three_times_at_most(self, slow, attempts):
+        seen = attempts(slow, slow, slow)
+        with pytest.raises(pytest.fail.Exception, match="geometric mean"):
+            targets.hold(self.PROBLEMS, 1.0, 1.4)
+        assert len(seen) == 3
+
+    def test_every_rate(self):
+        found = [(p.workload.name, p.dropout) for p in targets.steps(workloads.SMALL)]
+        assert found == list(product(workloads.SMALL, (0.5, 0.1)))
+
+    def test_measures_ours_and_the_papers(self, capsys):
+        ((ours, paper),) = targets.pairs([problem()], targets.PLAN._replace(timed=False))
+        assert (ours.provider, paper.provider) == ("fastbf-torch", "paper")
+        assert ours.peak_mib > 0
+        assert paper.peak_mib > 0
+
+
 class TestCounts:
     def test_launches_of_a_step(self):
         """As many as ``test_launches.py`` counts, and two for the casts of autocast."""
@@ -238,7 +433,9 @@ class TestCounts:
         assert len(step.backward) == 20 - 1  # but for the first gradient
 
     @pytest.mark.parametrize("provider", ["fastbf", "paper"])
-    @pytest.mark.parametrize("name", ["imagenet-lt-256", "v2-deit-s", "v2-detr", "large-32768-2048"])
+    @pytest.mark.parametrize(
+        "name", ["imagenet-lt-256", "v2-deit-s", "v2-detr", "large-32768-2048", "small-v2-32-197-192"]
+    )
     def test_flops(self, provider, name):
         """Those of the formula; our backward computes the scores twice, in one kernel for dq and one for dk and dv."""
         w = BY_NAME[name]
@@ -270,6 +467,8 @@ between
 <!-- /bench:pictures -->
 """
 
+DOCS = "next\n".join(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->\n" for name in report.FALLBACK)
+
 
 class TestReport:
     def rows(self, path, device_type="cpu"):
@@ -294,7 +493,7 @@ class TestReport:
         self.rows(tmp_path / "a.csv")
         readme = tmp_path / "README.md"
         readme.write_text(README, encoding="utf-8")
-        written = report.make([tmp_path / "a.csv"], readme, tmp_path)
+        written = report.make([tmp_path / "a.csv"], [readme], tmp_path)
         text = readme.read_text(encoding="utf-8")
         assert "old" not in text
         assert text.startswith("before\n")
@@ -305,7 +504,7 @@ class TestReport:
         for picture in written[1:]:
             assert picture.stat().st_size > 10_000
             assert f"]({picture.name})" in text
-        report.make([tmp_path / "a.csv"], readme, tmp_path)
+        report.make([tmp_path / "a.csv"], [readme], tmp_path)
         assert readme.read_text(encoding="utf-8") == text
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -321,7 +520,7 @@ class TestReport:
         readme = tmp_path / "README.md"
         before = (ROOT / "README.md").read_bytes().replace(b"\n", newline.encode()) + b"caf\xe9, then no newline"
         readme.write_bytes(before)
-        report.make([tmp_path / "host.csv"], readme, tmp_path)
+        report.make([tmp_path / "host.csv"], [readme], tmp_path)
         after = readme.read_bytes()
         assert around(after) == around(before)
         assert "| what | by | host time, µs |".encode() in after
@@ -336,7 +535,7 @@ class TestReport:
         readme.write_text(README, encoding="utf-8")
         monkeypatch.setattr("shutil.copymode", fail)
         with pytest.raises(OSError, match="no space"):
-            report.make([], readme, tmp_path)
+            report.make([], [readme], tmp_path)
         assert readme.read_text(encoding="utf-8") == README
         assert list(tmp_path.iterdir()) == [readme]
 
@@ -345,10 +544,89 @@ class TestReport:
         readme.write_text(README, encoding="utf-8")
         readme.chmod(0o640)
         link.symlink_to(readme)
-        report.make([], link, tmp_path)
+        report.make([], [link], tmp_path)
         assert link.is_symlink()
         assert readme.stat().st_mode & 0o777 == 0o640
         assert "old" not in readme.read_text(encoding="utf-8")
+
+    def steps(self, path, *made):
+        """Rows, made up: (workload, dropout, busy, {provider: milliseconds})."""
+        rows = [
+            records.Record(
+                "step", name, w.n, w.positions, w.c, w.k, "fp32", rate, "both", "eager", provider, "measured", "",
+                ms, ms, ms, 5, 3.5, 1e9, 1e6, 1.0, 1.0, 9.0, 9.0, 0.5, busy,
+            )
+            for name, rate, busy, times in made for w in [BY_NAME[name]] for provider, ms in times.items()
+        ]  # fmt: skip
+        with records.output(path, records.COLUMNS) as put:
+            list(records.write(put, records.environment(CPU)._replace(device="a machine"), rows))
+        return [path]
+
+    def test_fills_the_docs(self, tmp_path):
+        """Idle rows apart from those beside busy processes; in the README neither these nor small ones or products."""
+        paths = self.steps(
+            tmp_path / "a.csv",
+            ("large-1024-512", 0.5, 0, {"fastbf-torch": 4.0, "paper": 6.0, "products": 2.0}),
+            ("small-16-64", 0.1, 0, {"fastbf-torch": 1.0, "paper": 3.0}),
+            ("small-16-64", 0.5, 0, {"fastbf-torch": 2.0, "paper": 4.0, "compile": 3.0, "products": 1.0}),
+            ("small-16-64", 0.5, 3, {"fastbf-torch": 7.0, "paper": 77.0}),
+            ("large-1024-512", 0.1, 0, {"paper": 6.0}),
+        )
+        readme, docs = tmp_path / "README.md", tmp_path / "docs.md"
+        readme.write_text(README, encoding="utf-8")
+        docs.write_text(DOCS, encoding="utf-8")
+        assert report.make(paths, [readme, docs], tmp_path) == [readme, docs]
+        small, large, busy = docs.read_text(encoding="utf-8").split("next\n")
+        lines = [line for line in small.splitlines() if line.startswith("| ")][2:]
+        assert lines == [
+            "| small-16-64: N=16 C=64 K=10 | 0.5 | 4 | 2 | 2.00 | 3 | 1 | 2.00 |",
+            "| small-16-64: N=16 C=64 K=10 | 0.1 | 3 | 1 | 3.00 |  |  |  |",
+            "| large-1024-512: N=1024 C=512 K=1000 | 0.5 | 6 | 4 | 1.50 |  | 2 | 2.00 |",
+            "| geometric mean; worst | 0.5 |  |  | 1.73; 1.50 |  |  |  |",
+            "| geometric mean; worst | 0.1 |  |  | 3.00; 3.00 |  |  |  |",
+            "| geometric mean; worst | all |  |  | 2.08; 1.50 |  |  |  |",
+        ]
+        assert "a machine, torch" in small
+        assert "GPU" not in small
+        assert "small-16-64" not in large
+        assert "| 0.5 | 6 | 4 | 1.50 |  | 2 | 2.00 |" in large
+        assert "| small-16-64: N=16 C=64 K=10 | 0.5 | 77 | 7 | 11.00 |  |  |  |" in busy
+        assert "large-1024-512" not in busy
+        assert "a machine, beside 3 busy processes, torch" in busy
+        step = [line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+        assert [line.partition(" | fp32 | ")[2] for line in step] == [
+            "6 | 4 | 1.50 | 6 (paper) | 4 (fastbf-torch) | 1.50 | 50% |"
+        ]
+
+    def test_pictures_are_of_the_readmes_rows(self, tmp_path, monkeypatch):
+        paths = self.steps(
+            tmp_path / "a.csv",
+            ("small-16-64", 0.5, 0, {"paper": 1.0}),
+            *(("large-1024-512", rate, n, {"paper": 1.0, "products": 1.0}) for rate in (0.5, 0.1) for n in (0, 1)),
+        )
+        seen = []
+        monkeypatch.setattr(pictures, "draw", lambda rows, _: seen.extend(rows) or [])
+        report.make(paths, [], tmp_path)
+        assert [(r["workload"], r["dropout"], r["busy"], r["provider"]) for r in seen] == [
+            ("large-1024-512", 0.5, 0, "paper")
+        ]
+
+    def test_docs_without_a_measurement(self, tmp_path):
+        """As they are before anything is measured; the project's own have every block."""
+        docs = tmp_path / "docs.md"
+        docs.write_text(DOCS, encoding="utf-8")
+        report.make([], [docs], tmp_path)
+        assert docs.read_text(encoding="utf-8").count("Not measured yet.") == len(report.FALLBACK)
+        own = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+        assert re.findall(r"<!-- bench:(\w+) -->", own) == list(report.FALLBACK)
+
+    def test_files_without_a_column_for_busy_processes(self, tmp_path):
+        """As earlier versions wrote them."""
+        (path,) = self.steps(tmp_path / "a.csv", ("small-16-64", 0.5, 3, {"paper": 1.0}))
+        lines = [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+        old = tmp_path / "old.csv"
+        old.write_text("\n".join(lines), encoding="utf-8")
+        assert [row["busy"] for row in records.read([path, old])] == [3, 0]
 
     def test_a_gpu_comes_first(self, tmp_path):
         self.rows(tmp_path / "a.csv")
@@ -359,11 +637,12 @@ class TestReport:
     def test_no_figure_without_a_measurement(self, tmp_path):
         readme = tmp_path / "README.md"
         readme.write_text(README, encoding="utf-8")
-        assert report.make([], readme, tmp_path) == [readme]
+        assert report.make([], [readme], tmp_path) == [readme]
         assert "Not measured on a GPU yet." in readme.read_text(encoding="utf-8")
 
     def test_every_provider_of_a_step_has_a_colour(self):
-        assert {name for name, p in PROVIDERS.items() if "step" in p.ops} == set(pictures.STYLES)
+        shown = {name for name, p in PROVIDERS.items() if "step" in p.ops and not p.traits.unchecked}
+        assert shown == set(pictures.STYLES)
         assert len(set(pictures.STYLES.values())) == len(pictures.STYLES)
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
-from fastbf import functional
 from tests import paper
 from tests.triton_case import DEVICE, DTYPES
 
@@ -265,9 +264,9 @@ def test_learns():
     assert train("torch", 64, 60, torch.optim.Adam, 1e-2)[1] > 0.9
 
 
-def test_backends_take_the_same_steps(monkeypatch):
+@pytest.mark.usefixtures("counter_based")
+def test_backends_take_the_same_steps():
     """With dropout, whose decisions they share where both draw a seed."""
-    monkeypatch.setattr(functional, "_needs_seed", lambda *_: True)
     ours, theirs = (train(backend, 16, 3, torch.optim.SGD, 0.1)[0] for backend in ("triton", "torch"))
     for p, q in zip(ours, theirs, strict=True):
         assert (p - q).norm() <= 1e-3 * q.norm()

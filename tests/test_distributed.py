@@ -18,7 +18,7 @@ from tests.exact import assert_as_exact, doubled, results
 from tests.ranks import Ranks
 from tests.test_triton_layer import NAMES, formula
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("counter_based")]
 BACKENDS = ("torch", "triton")
 KINDS = ("gathered", "in parts")
 

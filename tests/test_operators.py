@@ -8,13 +8,14 @@ import torch
 from torch.library import opcheck
 
 import fastbf
-from fastbf import attention_across_ranks, backend, classifier, distributed, functional, ops
+from fastbf import backend, classifier, distributed, functional, ops
 from fastbf.classifier import Head
 from fastbf.encoder_call import NO_BATCH, Layer, Saved, kept
 from fastbf.encoder_weights import Factors, cast_factors
 from fastbf.kernels import probe
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights
+from fastbf.torch_backend import attention_across_ranks
 from tests import across_ranks
 from tests.across_ranks import CHECKS
 from tests.test_triton_layer import features, weights

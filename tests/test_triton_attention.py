@@ -268,6 +268,7 @@ def layer_pair(dropout=0.5, **options):
     return ours, theirs
 
 
+@pytest.mark.usefixtures("counter_based")
 @pytest.mark.parametrize("shape", [(6, 32), (70, 32), (5, 7, 32)])
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "num_layers": 2}])
 def test_the_layer_on_both_backends(shape, options):

@@ -213,6 +213,7 @@ def formers(**options):
     return ours, theirs
 
 
+@pytest.mark.usefixtures("counter_based")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -337,6 +338,7 @@ def test_parameters_with_gaps():
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("counter_based")
 @pytest.mark.parametrize("samples", [1, 2, 5])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_forked_layers_of_few_samples(samples, layers):

@@ -20,22 +20,24 @@ class Case(NamedTuple):
     """A problem in a provider's hands."""
 
     forward: Callable[[], Tensor]
-    leaves: list[Tensor]  #: gradients are taken of these, in the order of the problem's inputs
+    leaves: list[Tensor]  #: gradients are taken of these, in the order of the problem's inputs; may be none
     note: str = ""  #: how it differs from what was asked for
 
     def gradients(self, out: Tensor, grad: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
         """Of the leaves, given that of the result."""
-        return torch.autograd.grad(out, self.leaves, grad, retain_graph=retain_graph)
+        return torch.autograd.grad(out, self.leaves, grad, retain_graph=retain_graph) if self.leaves else ()
 
 
 class Traits(NamedTuple):
     """What measurements must know of a provider."""
 
     capturable: bool = True  #: into a CUDA graph: not what replays one itself, or waits for the device
-    memory_unseen_on: tuple[str, ...] = ()  #: devices where a graph keeps its memory, or a compiler cannot be watched
+    #: Devices where a graph keeps its memory, a compiler cannot be watched, or what it takes says nothing.
+    memory_unseen_on: tuple[str, ...] = ()
     checked_as: str = ""  #: the name of a provider that computes the same and is quicker to compare
     samples: int = 80  #: of a batch, to compare results: enough to take the path that is timed
     both_only: bool = False  #: its forward computes the gradients too
+    unchecked: bool = False  #: it computes nothing that could be compared, and is no way to compute the op
 
 
 class Provider(Protocol):

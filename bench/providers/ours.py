@@ -59,7 +59,12 @@ def _step(p: Problem, leaves: list[Tensor], backend: str) -> tuple[Function, lis
         return former, [leaves[0], *adopt([former], leaves[1:])]
     classifier = fastbf.SharedClassifier(w.c, w.k, **options)
     parameters = adopt([former, classifier], leaves[1:])
-    return lambda x, target: classifier.loss(former(x), target), [leaves[0], *parameters]
+
+    def step(x: Tensor, target: Tensor) -> Tensor:
+        features = former(x)
+        return classifier.loss(features.mean(1) if w.positions > 1 else features, target)
+
+    return step, [leaves[0], *parameters]
 
 
 #: Each op's function, the leaves that are its gradients', and how many of those are arguments.

@@ -171,20 +171,21 @@ def _differentiable(ctx, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None)
         mask = dropout.as_multiplier(dropout.scores((*q.shape[:2], k.shape[1]), q.device))
     else:
         mask = (kept > 0).to(dropout.dtype).mul_(dropout.scale)
-    o = (torch.softmax(q * scale @ k.mT, dim=-1) * mask).to(v.dtype) @ v
+    with no_autocast(do):
+        o = (torch.softmax(q * scale @ k.mT, dim=-1) * mask).to(v.dtype) @ v
     needs = ctx.needs_input_grad[3:]
     grads = iter(torch.autograd.grad(o, [t for t, n in zip(qkv, needs, strict=True) if n], do, create_graph=True))
     return (next(grads) if need else None for need in needs)
 
 
-def _dropped(scale: float, dropout: Dropout, *qkv: Tensor) -> Tensor:
+def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) -> Tensor:
     """Attention with dropout of what :class:`_Attention` takes, by the way that suits its size."""
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
     if math.prod(shape) <= WHOLE and q.dtype == dtype and autocast_dtype(q) is None:
         weights = torch.softmax(torch.bmm(q * scale, k.mT), dim=-1)
         return torch.bmm(dropout.keep(weights, dropout.scores(shape, q.device)), v).mul_(dropout.scale)
-    keep = math.prod(shape) * dtype.itemsize <= KEPT_BYTES
+    keep = keep and math.prod(shape) * dtype.itemsize <= KEPT_BYTES
     if not keep and dropout.keys is None:
         dropout = Dropout(dropout.p, draw_seed(q.device), dtype)
     return _Attention.apply(scale, dropout, keep and torch.is_grad_enabled(), *qkv)
@@ -203,16 +204,18 @@ def self_attention(qkv: Tensor, num_heads: int, dropout: Dropout | None) -> Tens
 
 
 def batch_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None, first_row: int = 0
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None, first_row: int = 0,
+    keep: bool = True,
 ) -> Tensor:  # fmt: skip
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape.
 
-    ``first_row`` is where the queries begin in the batch that dropout knows.
+    ``first_row`` is where the queries begin in the batch that dropout knows; ``keep`` is whether many probabilities may
+    be kept for backward.
     """
     dropout = Dropout(p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if p else None
     if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
         return _undropped_or_traced(q, k, v, scale, dropout)
-    return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v))), like=q)
+    return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v)), keep=keep), like=q)
 
 
 def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:

@@ -82,7 +82,7 @@ def _across_ranks(
     q = linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
     if at_once:
         k, v = split_kv(distributed.gather_batch(kv, batch, coming), num_heads)
-        o = attention.batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first)
+        o = attention.batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first, keep=False)
     else:
         o = attention_across_ranks.attention(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
     return o.reshape(x.shape)
