@@ -6,9 +6,9 @@ outputs, targets and losses stay local.
 
 Exactness. Outputs are those of one process on the whole batch, ranks' samples in their order. Dropout goes by a
 sample's place in the whole batch, so ranks that drew the same seed (the same ``torch.manual_seed``) drop what one
-process with that seed would. Gradients are those of the *sum* of the ranks' losses: every rank's keys get their share of every rank's
-loss. With a mean loss on batches of one size, averaging parameters' gradients over ranks, as DistributedDataParallel
-does, gives those of one process. For batches of different sizes the mean over all samples is
+process with that seed would. Gradients are those of the *sum* of the ranks' losses: every rank's keys get their share
+of every rank's loss. With a mean loss on batches of one size, averaging parameters' gradients over ranks, as
+DistributedDataParallel does, gives those of one process. For batches of different sizes the mean over all samples is
 ``loss(..., reduction="sum") * world_size / rows_on_all_ranks``.
 
 Sizes. Ranks may have different numbers of samples, and none at all (a batch of zero rows, whose forward and backward

@@ -20,7 +20,7 @@ def _seeded():
 
 @pytest.fixture
 def counter_based(monkeypatch):
-    """Dropout decides by a drawn seed everywhere, as on kernels and across ranks: results can be compared with those."""
+    """Dropout decides by a drawn seed everywhere, as on kernels and across ranks, to be compared with those."""
     monkeypatch.setattr("fastbf.functional._needs_seed", lambda *_: True)
 
 

@@ -39,9 +39,9 @@ _aten = torch.ops.aten
 
 
 def batched(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, …, H, D) → (G, N, D) with G = positions · H, contiguous."""
+    """(N, …, H, D) → (G, N, D) with G = positions · H, a view where strides and dtype allow one."""
     x = reference.heads_first(x)
-    return x.reshape(-1, *x.shape[-2:]).to(dtype).contiguous()
+    return x.reshape(-1, *x.shape[-2:]).to(dtype)
 
 
 def unbatched(x: Tensor, like: Tensor) -> Tensor:
@@ -215,7 +215,9 @@ def batch_attention(
     dropout = Dropout(p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if p else None
     if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
         return _undropped_or_traced(q, k, v, scale, dropout)
-    return unbatched(_dropped(scale, dropout, *(batched(t, t.dtype) for t in (q, k, v)), keep=keep), like=q)
+    return unbatched(
+        _dropped(scale, dropout, *(batched(t, t.dtype).contiguous() for t in (q, k, v)), keep=keep), like=q
+    )
 
 
 def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:

@@ -117,12 +117,14 @@ def _backward_part(
         at = group, row
         weights = scaled_bmm(q[at], k[group].mT, scale).sub_(lse[at][..., None] * math.log(2)).exp_()
         words = call.words(weights.shape, q.device, group, row)
-        weights = call.sign(weights, words, torch.empty_like(weights))
-        dw = torch.ops.aten.threshold_backward(scaled_bmm(do[at], v[group].mT, call.kept_scale), weights, 0)
-        ds = dw.sub_(delta[at]).mul_(weights.abs())
+        ds = torch.empty_like(weights)
+        weights = call.sign(weights, words, ds)
+        gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale)
+        scaled_bmm(do[at], v[group].mT, call.kept_scale, out=ds)
+        torch.ops.aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
+        ds.sub_(delta[at]).mul_(weights.abs_())
         scaled_bmm(ds, k[group], scale, out=gq[at])
         gk[group].baddbmm_(ds.mT, q[at], alpha=scale)
-        gv[group].baddbmm_(weights.clamp_min_(0).mT, do[at], alpha=call.kept_scale)
     for total, out in ((gq, dq), (gk, dk), (gv, dv)):
         out.copy_(unbatched(total, like=out))
 
