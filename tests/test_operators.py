@@ -139,6 +139,7 @@ def assert_compiled_is_the_same(function, x, parameters=(), exact=True, **option
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.usefixtures("counter_based")
 @pytest.mark.parametrize("which", ["triton", "torch"])
 @pytest.mark.parametrize(
     ("shape", "options"),
