@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes of scores, or of logits, worked on at a time. On CPU such a chunk stays in the outer caches (measured for
-# attention at N = 4096, C = 512: 4 to 16 MiB are within 5% of each other, 32 MiB and more take 1.5 times as long); on
-# a GPU it bounds memory while every launch still fills the machine.
+# Bytes of logits worked on at a time between two products. On CPU such a chunk stays in the outer caches; on a GPU it
+# bounds memory while every launch still fills the machine.
 _CPU_BYTES = 8 << 20
 _GPU_BYTES = 256 << 20
 

@@ -139,7 +139,7 @@ class Dropout:
     def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
         """Draws from the default generator, at once, what is asked for next: fewer calls, for small shapes."""
         sizes = [math.prod(shape) for shape in shapes]
-        parts = self._drawn((sum(sizes),), device).to(self.dtype).split_with_sizes(sizes)
+        parts = self._drawn((sum(sizes),), device).split_with_sizes(sizes)
         self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:

@@ -148,8 +148,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         ):  # fmt: skip
             if type(m) is not kind:
                 return "a module inside the layer was replaced."
-            hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            if hooks or "forward" in m.__dict__:  # as _is_altered, without eight calls of it
+            if _is_altered(m):
                 return "a module inside the layer has hooks, or a forward of its own."
         if _is_altered(attention._modules["out_proj"]) or (
             isinstance(activation, nn.Module) and _is_altered(activation)
@@ -225,7 +224,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 def _is_altered(m: nn.Module) -> bool:
     """Whether calling ``m`` would run more, or other, than the ``forward`` of its class."""
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(m)
+    return bool(hooks) or "forward" in m.__dict__
 
 
 @contextmanager
