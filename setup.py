@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+PACKAGES = ("distributed", "kernels", "modules", "torch_backend", "triton_backend")
 here = Path(__file__).parent
 version = {}
 exec((here / "fastbf" / "version.py").read_text(encoding="utf-8"), version)
@@ -17,7 +18,14 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastbf", "fastbf.kernels", "fastbf.torch_backend"],
+    packages=[
+        "fastbf",
+        "fastbf.kernels",
+        "fastbf.distributed",
+        "fastbf.modules",
+        "fastbf.torch_backend",
+        "fastbf.triton_backend",
+    ],
     package_dir={"fastbf": "fastbf", "fastbf.kernels": "kernels"},
     package_data={"fastbf": ["py.typed"]},
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],

@@ -25,8 +25,10 @@ from bench.ops import Problem
 from bench.providers import PROVIDERS
 from bench.tiles import PRODUCTS
 from bench.workloads import Workload
-from fastbf import autograd, backend, checks, classifier, encoder_backward
+from fastbf import backend, checks
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
+from fastbf.triton_backend import classifier, encoder_backward
+from fastbf.triton_backend import encoder_layer as autograd
 from tests.launches import launches
 
 
@@ -94,13 +96,13 @@ class Counter(TorchDispatchMode):
         self.launches.append(Launch(name, flops, nbytes))
 
     def weight_gradient(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """In the place of ``fastbf.products.weight_gradient``: on a GPU one product, which writes ``dtype``."""
+        """In the place of ``triton_backend.matmul.weight_gradient``: on a GPU one product, which writes ``dtype``."""
         out = torch.empty(dy.shape[1], x.shape[1], dtype=dtype)
         self.launches.append(Launch("mm", 2 * len(x) * out.numel(), dy.nbytes + x.nbytes + out.nbytes))
         return out
 
     def product_into(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """In the place of ``fastbf.products.product_into``, likewise."""
+        """In the place of ``fastbf.triton_backend.matmul.product_into``, likewise."""
         self.launches.append(Launch("mm", 2 * len(a) * b.numel(), a.nbytes + b.nbytes + out.nbytes))
 
     def take(self) -> list[Launch]:

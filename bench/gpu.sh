@@ -84,8 +84,8 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     # shellcheck disable=SC2086
     measure step-graph 35 step step --seconds 0.1 --capture graph --providers fastbf paper sdpa-efficient \
         --workloads $papers
-    part tests 90 bash -c 'tests --numprocesses 8 --tb short tests/test_triton_attention.py tests/test_triton_layer.py \
-        tests/test_triton_classifier.py tests/test_triton_elementwise.py tests/test_graphs.py tests/test_operators.py'
+    part tests 90 bash -c 'tests --numprocesses 8 --tb short tests/triton_backend/test_attention.py tests/triton_backend/test_encoder_layer.py \
+        tests/triton_backend/test_classifier.py tests/triton_backend/test_elementwise.py tests/test_cuda_graphs.py tests/triton_backend/test_operators.py'
     # shellcheck disable=SC2086
     measure step-large 45 step step --seconds 0.1 --providers fastbf paper sdpa-flash sdpa-efficient --workloads $large
     measure attention 35 ops op attention --seconds 0.05 --modes forward backward --providers fastbf paper sdpa-flash \
@@ -108,7 +108,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     fi
     if command -v compute-sanitizer >/dev/null; then
         part sanitizer 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
-            "$python" -m pytest tests/test_triton_elementwise.py tests/test_triton_classifier.py \
+            "$python" -m pytest tests/triton_backend/test_elementwise.py tests/triton_backend/test_classifier.py \
             -k "strides or ignored" --maxfail 1
     else
         say "sanitizer: skipped, not installed"
@@ -119,7 +119,7 @@ else
     say "no NVIDIA GPU that PyTorch sees: a short run of what needs none"
     part self-check 45 "$python" -m fastbf
     measure step 60 step step --seconds 0.05 --workloads cifar100-lt --providers fastbf fastbf-torch paper
-    part tests 60 bash -c 'tests tests/test_attention_configs.py tests/test_functional.py'
+    part tests 60 bash -c 'tests tests/kernels/test_attention_configs.py tests/test_functional.py'
     measure attention 30 ops op attention --seconds 0.02 --modes forward backward --providers fastbf fastbf-torch paper \
         --workloads cifar100-lt
     measure loss 30 ops op loss --seconds 0.02 --providers fastbf fastbf-torch paper --workloads cifar100-lt

@@ -2,7 +2,7 @@
 
 from fastbf import distributed, functional
 from fastbf.backend import explain
-from fastbf.graphs import make_graphed
+from fastbf.cuda_graphs import make_graphed
 from fastbf.modules import BatchFormer, BatchFormerLayer, SharedClassifier
 from fastbf.surgery import convert, strip
 from fastbf.version import __version__

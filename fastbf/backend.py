@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbf.context import traced_as_constant, transformed
+from fastbf.torch_state import traced_as_constant, transformed
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

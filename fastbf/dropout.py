@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.context import traced
+from fastbf.torch_state import traced
 
 _LOW = 0xFFFFFFFF
 _ROUNDS = 7

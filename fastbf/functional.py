@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastbf import checks, distributed, reference
+from fastbf import checks, reference
 from fastbf.backend import Choice, choose, give_up
-from fastbf.context import autocast, autocast_dtype, differentiated, transformed
+from fastbf.distributed import gathering
+from fastbf.distributed.process_groups import Batch, Facts, meet, name_of, rank_and_size
 from fastbf.dropout import draw_seed, threshold
-from fastbf.process_groups import Batch, Facts, meet, name_of, rank_and_size
 from fastbf.torch_backend import attention, classifier, elementwise
 from fastbf.torch_backend import encoder_layer as layer
+from fastbf.torch_state import autocast, autocast_dtype, differentiated, transformed
 
 T = TypeVar("T")
 
@@ -64,8 +65,8 @@ def _run(in_torch: Callable[..., T], choice: Choice, backend: str, *args: Any, *
     """
     if choice.backend == "torch":
         return in_torch(*args, **options)
-    from fastbf import autograd
     from fastbf.kernels.launch import BuildError
+    from fastbf.triton_backend import encoder_layer as autograd
 
     op = in_torch.__name__
     on_kernels = getattr(autograd, op)
@@ -296,7 +297,7 @@ def encoder_layer(
         return _run(layer.encoder_layer, choice, backend, x, weights, **options)
     batch = _meet(group, x, weights, absent, choice, **options)
     if not (batch.total and x.numel()):
-        x, batch = distributed.confirmed(x, batch), None  # nothing to send
+        x, batch = gathering.confirmed(x, batch), None  # nothing to send
     # No second try on PyTorch where a kernel cannot be built: the other ranks would not take part.
     out = _run(layer.encoder_layer, choice, choice.backend, x, weights, batch=batch, **options)
     return out[:0] if absent else out

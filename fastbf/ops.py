@@ -12,18 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastbf import classifier, encoder, encoder_backward
-from fastbf.classifier import Head, Results
+from fastbf.distributed.process_groups import BATCH, confirm
 from fastbf.dropout import Site
-from fastbf.encoder_backward import Gradients, Wanted
-from fastbf.encoder_call import Layer, Saved, allocate, kept
-from fastbf.encoder_weights import Factors
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Rows, partial_sums
-from fastbf.process_groups import BATCH, confirm
 from fastbf.reference import LayerWeights
 from fastbf.registered import COMMUNICATES, operator
+from fastbf.triton_backend import classifier, encoder_backward
+from fastbf.triton_backend import encoder_forward as encoder
+from fastbf.triton_backend.classifier import Head, Results
+from fastbf.triton_backend.encoder_backward import Gradients, Wanted
+from fastbf.triton_backend.encoder_call import Layer, Saved, allocate, kept
+from fastbf.triton_backend.encoder_weights import Factors
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def encoder_gradients(
     d_out: Tensor, x: Tensor, saved: Saved, factors: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
     dtype: torch.dtype,
 ) -> Gradients:  # fmt: skip
-    """``fastbf.encoder_backward.backward``."""
+    """``fastbf.triton_backend.encoder_backward.backward``."""
     run = _encoder_across_ranks_backward if layer.group else _encoder_backward
     grads = iter(run(d_out, x, list(saved), list(factors), seed, list(wanted), dtype, *layer))
     present = (*wanted[:4], wanted.linear1_weight, wanted.linear2_weight, wanted.sums)
@@ -279,7 +280,7 @@ def classifier_forward(
     x: Tensor, matrix: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None, logit_bias: Tensor | None,
     head: Head,
 ) -> Results:  # fmt: skip
-    """``fastbf.classifier.forward``."""
+    """``fastbf.triton_backend.classifier.forward``."""
     loss, stats, total, *rest = _classifier_forward(x, matrix, bias, target, weight, logit_bias, *head)
     of_rows, z, *narrowed = rest[::-1]
     narrow_x = narrowed.pop() if x.dtype != head.compute else None
@@ -322,7 +323,7 @@ def classifier_gradients(
     target: Tensor, weight: Tensor | None, logit_bias: Tensor | None, head: Head, wanted: classifier.Wanted,
     dtypes: tuple[torch.dtype, torch.dtype], donated: bool,
 ) -> classifier.Gradients:  # fmt: skip
-    """``fastbf.classifier.backward``."""
+    """``fastbf.triton_backend.classifier.backward``."""
     tensors = grad, x, matrix, z, of_rows, total, bias, target, weight, logit_bias
     if donated:  # what overwrites an argument is no operator
         return classifier.backward(*tensors, head, wanted, dtypes, donated=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.chunks import widened
+from fastbf.precision import widened
 
 
 class LayerWeights(NamedTuple):

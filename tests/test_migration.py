@@ -10,7 +10,7 @@ from torch import nn
 
 import fastbf
 
-TEXT = (Path(__file__).parents[1] / "MIGRATION.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]}
 BLOCKS = {title: re.findall(r"```python\n(.+?)```", part, flags=re.DOTALL) for title, part in SECTIONS.items()}
 PATTERNS = [title for title, part in SECTIONS.items() if "\nBefore:\n" in part]

@@ -38,7 +38,7 @@ def test_wheel_installs_one_top_level_package(built):
 def test_sdist_can_be_tested(built):
     with tarfile.open(built[1]) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"kernels/__init__.py", "fastbf/modules.py", "tests/test_layer.py", "Makefile", "README.md"} <= names
+    assert {"kernels/__init__.py", "fastbf/modules.py", "tests/modules/test_layer.py", "Makefile", "README.md"} <= names
 
 
 def test_installed_wheel_passes_the_tests(built, tmp_path):

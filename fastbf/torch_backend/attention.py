@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference
-from fastbf.chunks import compute_dtype
-from fastbf.context import autocast_dtype, no_autocast
 from fastbf.dropout import Dropout, attention_mask, draw_seed
+from fastbf.precision import compute_dtype
+from fastbf.torch_state import autocast_dtype, no_autocast
 
 #: Scores worked on at a time: on a CPU, and on a GPU, where it bounds memory while every launch fills the machine.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import exchange
-from fastbf.chunks import compute_dtype
-from fastbf.context import no_autocast
+from fastbf.autograd import once_differentiable
+from fastbf.distributed import exchange
+from fastbf.distributed.process_groups import BATCH, Batch, confirm
 from fastbf.dropout import Dropout
-from fastbf.once import once_differentiable
-from fastbf.process_groups import BATCH, Batch, confirm
+from fastbf.precision import compute_dtype
 from fastbf.registered import COMMUNICATES, operator
 from fastbf.torch_backend.attention import Call, batched, pieces, scaled_bmm, unbatched
+from fastbf.torch_state import no_autocast
 
 
 class _AcrossRanks(Function):

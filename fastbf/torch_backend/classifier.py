@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference
-from fastbf.chunks import chunk_elements, compute_dtype, loss_dtype, widened
-from fastbf.context import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
+from fastbf.precision import chunk_elements, compute_dtype, loss_dtype, widened
 from fastbf.torch_backend.matmul import linear, mm
+from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
 
 # A matrix product has so many rows at least.
 _MIN_ROWS = 512

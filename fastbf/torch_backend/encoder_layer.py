@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf import collectives, distributed
-from fastbf.chunks import compute_dtype
-from fastbf.context import autocast_dtype
+from fastbf.distributed import collectives, gathering
+from fastbf.distributed.exchange import split_kv
+from fastbf.distributed.process_groups import Batch
 from fastbf.dropout import Dropout, Site
-from fastbf.exchange import split_kv
-from fastbf.process_groups import Batch
+from fastbf.precision import compute_dtype
 from fastbf.reference import LayerWeights
 from fastbf.torch_backend import attention, attention_across_ranks
 from fastbf.torch_backend.elementwise import activate, add_dropped
 from fastbf.torch_backend.matmul import linear
+from fastbf.torch_state import autocast_dtype
 
 # Up to so many words of a call are drawn at once.
 _SMALL = 1 << 16
@@ -78,10 +78,10 @@ def _across_ranks(
     scale = (channels // num_heads) ** -0.5
     kv = linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
     at_once = collectives.gathers(batch, kv[0].numel() * kv.element_size())
-    coming = distributed.begin(kv, batch) if at_once else None
+    coming = gathering.begin(kv, batch) if at_once else None
     q = linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
     if at_once:
-        k, v = split_kv(distributed.gather_batch(kv, batch, coming), num_heads)
+        k, v = split_kv(gathering.gather_batch(kv, batch, coming), num_heads)
         o = attention.batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first, keep=False)
     else:
         o = attention_across_ranks.attention(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)

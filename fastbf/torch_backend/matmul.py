@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fastbf.context import traced
 from fastbf.environment import cpu_name
+from fastbf.torch_state import traced
 
 # Multiplications in a product from which oneDNN is quicker.
 _LARGE = 2e7

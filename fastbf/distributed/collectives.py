@@ -1,0 +1,169 @@
+"""Samples on their way between ranks: gathered, gathered in parts, and gradients on the way back.
+
+Tensors here hold samples along their first dimension and are contiguous; n of them are a rank's own, M all ranks'. A
+rank without samples has tensors of one row that stands in for none, and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastbf.distributed.process_groups import Batch, all_gather, peers, reduce_scatter
+
+#: Keys and values of the whole batch up to this size are gathered at once, larger ones come in parts.
+GATHER_BYTES = 256 << 20
+#: Chunks begin at multiples of this many samples, which dropout's decisions go by (``kernels/rng.py``).
+ALIGNMENT = 128
+
+
+class Pending:
+    """A tensor that others are still writing."""
+
+    def __init__(self, result: Tensor, works: list[dist.Work], *held: Tensor) -> None:
+        self.result, self.works, self.held = result, works, held
+
+    def wait(self) -> Tensor:
+        """The tensor; on a GPU the current stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        self.works, self.held = [], ()
+        return self.result
+
+
+def gathers(batch: Batch, sample_bytes: int) -> bool:
+    """Whether the samples of all ranks are gathered at once, at so many bytes each."""
+    return batch.total * sample_bytes <= GATHER_BYTES
+
+
+def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
+    """All ranks' samples, in the order of ranks.
+
+    Args:
+        x: (n, …).
+        out: (M, …) to write to.
+    """
+    group, own = peers(batch.group).group, x[: batch.own]
+    if _even(batch):
+        return Pending(out, [all_gather(out, own, group=group, async_op=True)], own)
+    parts = out.split(list(batch.sizes))
+    parts[batch.rank].copy_(own)
+    return Pending(out, [_broadcast(part, rank, group) for rank, part in enumerate(parts) if len(part)])
+
+
+def scatter_sum(x: Tensor, batch: Batch) -> Pending:
+    """This rank's samples (n, …) of the sum over all ranks of x (M, …), which may be overwritten."""
+    group = peers(batch.group).group
+    if _even(batch):
+        out = torch.empty((batch.own, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return Pending(out, [reduce_scatter(out, x, group=group, async_op=True)], x)
+    parts = x.split(list(batch.sizes))
+    works = [_reduce(part, rank, group) for rank, part in enumerate(parts) if len(part)]
+    return Pending(parts[batch.rank], works, x)
+
+
+def _even(batch: Batch) -> bool:
+    return all(size == batch.own for size in batch.sizes)
+
+
+def _broadcast(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
+    return dist.broadcast(x, group=group, group_src=rank, async_op=True)
+
+
+def _reduce(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
+    return dist.reduce(x, group=group, group_dst=rank, async_op=True)
+
+
+def by_positions(batch: Batch) -> bool:
+    """Whether all samples come at some positions at a time, not some samples: where no rank has a chunk of them."""
+    return max(batch.sizes) < ALIGNMENT
+
+
+def blocks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """All ranks' samples x (n, L, W) at some positions at a time: the first position, and (M, l, W).
+
+    A block is about as large as x, l = L / W for W ranks. The next one is under way while one is used.
+    """
+    parts = x.split(-(-x.shape[1] // len(batch.sizes)), dim=1)
+    starts = range(0, x.shape[1], parts[0].shape[1])
+
+    def begun(part: Tensor) -> Pending:
+        out = torch.empty((batch.total, *part.shape[1:]), dtype=x.dtype, device=x.device)
+        return gather(part.contiguous(), out, batch)
+
+    yield from _ahead((start, begun(part)) for start, part in zip(starts, parts, strict=True))
+
+
+def _ahead(coming: Iterator[tuple[int, Pending]]) -> Iterator[tuple[int, Tensor]]:
+    """Each is there when it is given out, and the next is on its way; there are never more than two."""
+    ready = next(coming, None)
+    while ready is not None:
+        start, pending = ready
+        ready = next(coming, None)
+        tensor = pending.wait()
+        del pending
+        yield start, tensor
+        del tensor
+
+
+def chunk_rows(batch: Batch) -> int:
+    """Samples in a chunk: as many as the largest rank has, and a multiple of 128."""
+    return -(-max(batch.sizes) // ALIGNMENT) * ALIGNMENT
+
+
+def chunks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """All ranks' samples x (n, …) a chunk at a time: where it begins in the whole batch, and (m, …).
+
+    The next one is under way while one is used.
+    """
+    starts = range(0, batch.total, chunk_rows(batch))
+    yield from _ahead((start, _chunk(x, start, batch)) for start in starts)
+
+
+def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:
+    stop = min(start + chunk_rows(batch), batch.total)
+    out = torch.empty((stop - start, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    works = []
+    for rank, begin, end in _owners(start, stop, batch):
+        part = out[begin - start : end - start]
+        if rank == batch.rank:
+            part.copy_(x[begin - batch.first : end - batch.first])
+        works.append(_broadcast(part, rank, peers(batch.group).group))
+    return Pending(out, works)
+
+
+def _owners(start: int, stop: int, batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """(rank, begin, end) of every rank with samples among those from start to stop, in the whole batch's numbers."""
+    first = 0
+    for rank, size in enumerate(batch.sizes):
+        begin, end = max(start, first), min(stop, first + size)
+        if begin < end:
+            yield rank, begin, end
+        first += size
+
+
+class Returned:
+    """Gradients that go back to their ranks a chunk at a time; one is under way while the next is computed."""
+
+    def __init__(self, out: Tensor, batch: Batch) -> None:
+        """out: (n, …) to write the sums over ranks to."""
+        self.out, self.batch, self.pending = out, batch, []
+
+    def send(self, x: Tensor, start: int) -> None:
+        """x (m, …): this rank's share of the gradient of the chunk that begins at ``start``; may be overwritten."""
+        self.wait()
+        batch = self.batch
+        for rank, begin, end in _owners(start, start + len(x), batch):
+            part = x[begin - start : end - start]
+            own = self.out[begin - batch.first : end - batch.first] if rank == batch.rank else None
+            self.pending.append((Pending(part, [_reduce(part, rank, peers(batch.group).group)]), own))
+
+    def wait(self) -> None:
+        for pending, own in self.pending:
+            part = pending.wait()
+            if own is not None:
+                own.copy_(part)
+        self.pending = []

@@ -1,0 +1,226 @@
+"""Which ranks share a batch, and how they agree on it before any of them sends a sample.
+
+A process group is known by its ``group_name``, a string: modules that hold one can be copied and pickled, and an
+operator can take it. Every call of an op across ranks begins with a *meeting*: each rank tells the others how many
+samples it has and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of
+different sizes are known as such, and calls that do not fit each other end in the same error on every rank, before
+tensors are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastbf.torch_state import traced_as_constant
+
+
+class Peers(NamedTuple):
+    """The ranks of a process group, as one of them sees it."""
+
+    group: dist.ProcessGroup  #: carries tensors
+    hosts: dist.ProcessGroup  #: the same ranks: carries what hosts tell each other
+    size: int
+
+
+class Batch(NamedTuple):
+    """A batch that lies on several ranks, in their order."""
+
+    group: str
+    rank: int
+    sizes: Sequence[int]  #: samples of every rank
+    facts: Sequence[int]  #: what the ranks agree on besides: numbers of :class:`Facts`
+    met: bool  #: whether the ranks have agreed on that; under a compiler they do when the operator runs
+
+    @property
+    def first(self) -> int:
+        """Where this rank's samples begin."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def own(self) -> int:
+        """This rank's samples."""
+        return self.sizes[self.rank]
+
+    @property
+    def total(self) -> int:
+        """All ranks' samples."""
+        return sum(self.sizes)
+
+
+#: A :class:`Batch` in the schema of an operator.
+BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met"
+
+_KINDS = {
+    "call": ("gather", "encoder_layer"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "backward": (False, True),
+    "backend": ("torch", "triton"),
+}
+_MAX_DIMENSIONS = 8
+
+
+class Facts(NamedTuple):
+    """What the ranks of a call must have in common."""
+
+    call: str
+    dtype: torch.dtype  #: of what is sent
+    backward: bool  #: whether a backward will send gradients
+    backend: str  #: ranks must come to their collectives in the same order, also to those of others between them
+    num_heads: int
+    dropout: int  #: ``fastbf.dropout.threshold``
+    shape: Sequence[int]  #: of a sample
+
+    def numbers(self) -> list[int]:
+        """As integers.
+
+        Raises:
+            TypeError: a dtype that is none of fp16, bf16, fp32 and fp64.
+            ValueError: more than eight dimensions.
+        """
+        if self.dtype not in _KINDS["dtype"]:
+            raise TypeError(f"ranks exchange {', '.join(map(str, _KINDS['dtype']))}, got {self.dtype}")
+        dimensions = len(self.shape)
+        if dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"across ranks a sample must have {_MAX_DIMENSIONS} dimensions at most, got {dimensions}")
+        kinds = [kinds.index(getattr(self, name)) for name, kinds in _KINDS.items()]
+        return [*kinds, self.num_heads, self.dropout, dimensions, *self.shape, *[0] * (_MAX_DIMENSIONS - dimensions)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Facts:
+        """From :meth:`numbers`."""
+        kinds = [kinds[number] for kinds, number in zip(_KINDS.values(), numbers, strict=False)]
+        num_heads, dropout, dimensions, *shape = numbers[len(kinds) :]
+        return cls(*kinds, num_heads, dropout, tuple(shape[:dimensions]))
+
+
+def name_of(process_group: dist.ProcessGroup | str | None) -> str | None:
+    """The name of a process group; a name and None are given back.
+
+    Raises:
+        TypeError: something else than a process group.
+        ValueError: a group that this process is not a member of.
+    """
+    if process_group is None or isinstance(process_group, str):
+        return process_group
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must be a group of which this process is a member")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed process group, got {type(process_group).__name__}")
+    return process_group.group_name
+
+
+def group_of(name: str | None) -> dist.ProcessGroup | None:
+    """The group of a name.
+
+    Raises:
+        ValueError: this process has none of that name: the layer that holds it comes from elsewhere.
+    """
+    if name is None:
+        return None
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"this process has no process_group named {name!r}: give the layer one, layer.process_group = group"
+        ) from None
+
+
+@traced_as_constant
+def rank_and_size(name: str) -> tuple[int, int]:
+    """This process's place in a group, and how many there are."""
+    group = group_of(name)
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+_peers: dict[str, Peers] = {}
+
+
+def peers(name: str) -> Peers:
+    """The ranks of a group.
+
+    Raises:
+        ValueError: hosts cannot tell each other anything by the group's backend, nor by another one made for that.
+    """
+    group, found = group_of(name), _peers.get(name)
+    if found is None or found.group is not group:  # names are given anew after destroy_process_group
+        found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group))
+    return found
+
+
+def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks of a group as one that carries CPU tensors."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    if group is dist.group.WORLD:
+        return dist.new_group(backend="gloo")  # every process calls, at its first meeting
+    raise ValueError(
+        "process_group must carry CPU tensors as well, by which hosts tell each other the sizes of their batches: "
+        'init_process_group("cpu:gloo,cuda:nccl"), or without a backend, makes all later groups such'
+    )
+
+
+def meet(name: str, samples: int, facts: Facts) -> Batch:
+    """Tells the other ranks of this one's samples, and hears of theirs.
+
+    Under a compiler all ranks are taken to have as many: the operator that gets the batch holds the meeting then, by
+    :func:`confirm`.
+
+    Args:
+        name: of the group; all of its ranks call.
+        samples: 0 or more.
+        facts: what has to be the same on all ranks.
+
+    Raises:
+        ValueError: on every rank, if it is not the same.
+        RuntimeError: a CUDA graph is being captured, whose replays would not meet.
+    """
+    (rank, size), numbers = rank_and_size(name), facts.numbers()
+    if torch.compiler.is_compiling():
+        return Batch(name, rank, [samples] * size, numbers, met=False)
+    return Batch(name, rank, _told(name, samples, numbers), numbers, met=True)
+
+
+def confirm(batch: Batch) -> None:
+    """Holds the meeting of a batch whose ranks were taken to have as many samples each, if it was not held.
+
+    Raises:
+        ValueError: on every rank, if they have not.
+    """
+    if batch.met:
+        return
+    sizes = _told(batch.group, batch.own, batch.facts)
+    if len(set(sizes)) > 1:
+        raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
+
+
+def _told(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
+    _, hosts, size = peers(name)
+    told = torch.tensor([samples, *numbers], dtype=torch.int64)
+    heard = torch.empty(size * len(told), dtype=torch.int64)
+    all_gather(heard, told, group=hosts)
+    said = heard.view(size, -1).tolist()
+    sizes = [numbers[0] for numbers in said]
+    for fact, *values in zip(Facts._fields, *[Facts.of(numbers[1:]) for numbers in said], strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"all ranks of process_group must make the same call, got {fact} {values} on ranks 0 to {size - 1} "
+                f"with {sizes} samples"
+            )
+    return sizes
+
+
+def all_gather(out: Tensor, x: Tensor, **options: object) -> dist.Work | None:
+    """``torch.distributed``'s, under the name that the version has for it."""
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, **options)
+
+
+def reduce_scatter(out: Tensor, x: Tensor, **options: object) -> dist.Work | None:
+    """Likewise."""
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, **options)

@@ -1,0 +1,254 @@
+"""BatchFormer: the method, as a module that acts while training and is the identity in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbf import checks
+from fastbf.modules import layout
+from fastbf.modules.layer import BatchFormerLayer
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, every part back in its own mode afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+class BatchFormer(nn.Module):
+    """BatchFormer: samples of a mini-batch learn from each other while training; the identity in evaluation.
+
+    In training the features are forked: the result holds the plain features and, behind them along ``batch_dim``,
+    the same features mixed by a transformer encoder that runs along the batch. Train both halves with one
+    classifier and the repeated targets. In evaluation the very same objects come back, and :func:`fastbf.strip`
+    removes the module for good.
+
+    Features have any rank of at least 2; every dimension but the batch's and the channels' is a position, at which
+    the batch is mixed independently: (N, C); (N, L, C); (L, N, C) with ``batch_dim=1``; (N, C, H, W) with
+    ``channel_dim=1``.
+
+    Args:
+        dim: channels C.
+        num_heads: H, divides ``dim``.
+        dim_feedforward: F; None is ``dim``, as in the paper.
+        dropout: probability in [0, 1].
+        num_layers: encoder layers.
+        activation: "relu", "gelu", or a callable.
+        norm_first: normalise before instead of after the residual sums.
+        layer_norm_eps: eps of the norms.
+        bias: whether linear layers and norms have biases.
+        batch_dim: the dimension that holds the samples.
+        channel_dim: the dimension that holds the channels.
+        forked: the input already holds both streams (a second insertion in a BatchFormerV2 network): only its second
+            half is mixed, and nothing is doubled.
+        backend: "auto", "triton" or "torch".
+        process_group: a ``torch.distributed`` group whose ranks' batches attend to each other, see
+            :mod:`fastbf.distributed`; None is this process alone.
+        device, dtype: of the parameters.
+
+    Attributes:
+        layers: ``nn.ModuleList`` of :class:`BatchFormerLayer`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
+
+    Source: Hou et al., CVPR 2022 (arXiv 2203.01522), section 3, figure 2; dense features: arXiv 2204.01254.
+    """
+
+    op = "encoder_layer"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.5,
+        *,
+        num_layers: int = 1,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        norm_first: bool = False,
+        layer_norm_eps: float = 1e-5,
+        bias: bool = True,
+        batch_dim: int = 0,
+        channel_dim: int = -1,
+        forked: bool = False,
+        backend: str = "auto",
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.heads("dim", dim, "num_heads", num_heads)
+        checks.positive("num_layers", num_layers)
+        for name, value in (("batch_dim", batch_dim), ("channel_dim", channel_dim)):
+            checks.integer(name, value)
+        if batch_dim == channel_dim:
+            raise ValueError(f"batch_dim and channel_dim must differ, got {batch_dim} for both")
+        self.dim, self.batch_dim, self.channel_dim = dim, batch_dim, channel_dim
+        self.forked, self.backend = forked, backend
+        self.layers = nn.ModuleList(
+            BatchFormerLayer(
+                dim,
+                num_heads,
+                dim if dim_feedforward is None else dim_feedforward,
+                dropout,
+                activation,
+                layer_norm_eps,
+                norm_first=norm_first,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                process_group=process_group,
+            )
+            for _ in range(num_layers)
+        )
+
+    @property
+    def process_group(self) -> Any:
+        """That of the layers."""
+        return self.layers[0].process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        for layer in self.layers:
+            layer.process_group = process_group
+
+    def forward(self, features: Tensor, *targets: Any) -> Any:
+        """Forks the features in training; gives everything back as it is in evaluation.
+
+        Args:
+            features: floating point, rank ≥ 2, N samples along ``batch_dim`` (2N if ``forked``), C channels along
+                ``channel_dim``.
+            targets: tensors with N rows, or lists or tuples of N items, one per sample.
+
+        Returns:
+            ``features``, or the tuple ``(features, *targets)`` if targets were given. In training the features have
+            2N samples, the plain half first, contiguous or channels last, as they came; each tensor target is
+            concatenated with itself along its first dimension, each list or tuple repeated. In evaluation the same
+            objects; with ``forked`` the same targets.
+
+        Raises:
+            TypeError: features that are not a floating-point tensor, targets of another type.
+            ValueError: wrong rank, width or device, dimensions out of range or equal, targets of the wrong length,
+                an odd batch where it should be forked.
+        """
+        if not self.training:
+            return (features, *targets) if targets else features
+        dims = batch_dim, _ = self._dims(features)
+        n = features.shape[batch_dim]
+        if not self.forked:
+            targets = tuple(_doubled(target, n) for target in targets)
+        elif n % 2:
+            raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
+        fork = self._fork(features, dims)
+        if fork is None:
+            plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
+            fork = torch.cat([plain, self._mix(stream, dims)], dim=batch_dim)
+        fork = layout.formatted(fork, features)
+        return (fork, *targets) if targets else fork
+
+    def _fork(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
+        """The fork, written as such by the last layer; None where that cannot write it as the features lie."""
+        *others, last = self.layers
+        x = _samples_first(features, dims)
+        dense = x.is_contiguous() or x.movedim(0, -2).is_contiguous()
+        if not dense or not isinstance(last, BatchFormerLayer) or not last.forks(x):
+            return None
+        x = _flat(x)
+        if others:
+            plain, stream = x.chunk(2) if self.forked else (x, x)
+            fork = last.fork(self._run(stream, others), plain=plain)
+        else:
+            fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
+        return _unflat(fork, features, dims)
+
+    def mix(self, features: Tensor) -> Tensor:
+        """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
+        return layout.formatted(self._mix(features, self._dims(features)), features)
+
+    def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
+        return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
+
+    def attention_map(self, features: Tensor) -> Tensor:
+        """Softmax weights of the last layer, without dropout, for looking at sample relations.
+
+        Returns:
+            (…, H, N, N): the positions in their order, then heads, queries, keys. With a ``process_group`` the keys
+            are those of all ranks, in their order.
+        """
+        x = _samples_first(features, self._dims(features))
+        positions = x.shape[1:-1]
+        with _evaluating(self.layers):
+            x = self._run(_flat(x), self.layers[:-1])
+        weights = self.layers[-1].attention_map(x)
+        return weights.view(*positions, *weights.shape[-3:])
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
+
+    def _dims(self, features: Tensor) -> tuple[int, int]:
+        """Checks the features; batch and channel dimension, counted from the front."""
+        checks.floating("features", features)
+        checks.min_rank("features", features, 2, "a batch of features")
+        rank = features.dim()
+        dims = []
+        for name, dim in (("batch_dim", self.batch_dim), ("channel_dim", self.channel_dim)):
+            if not -rank <= dim < rank:
+                raise ValueError(f"{name} must lie in [{-rank}, {rank - 1}] for {rank}-D features, got {dim}")
+            dims.append(dim % rank)
+        if dims[0] == dims[1]:
+            raise ValueError(
+                f"batch_dim and channel_dim must differ, got {self.batch_dim} and {self.channel_dim}, the same "
+                f"dimension of {rank}-D features"
+            )
+        if features.shape[dims[1]] != self.dim:
+            raise ValueError(
+                f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
+                f"{tuple(features.shape)}"
+            )
+        return dims[0], dims[1]
+
+    @staticmethod
+    def _run(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+def _samples_first(features: Tensor, dims: tuple[int, int]) -> Tensor:
+    """(N, …, C), a view, of features whose batch and channel dimension ``dims`` names."""
+    return features if dims == (0, features.dim() - 1) else features.movedim(dims, (0, -1))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(N, C) as it is; (N, …, C) → (N, positions, C)."""
+    return x if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _unflat(x: Tensor, features: Tensor, dims: tuple[int, int]) -> Tensor:
+    """(N, C) or (N, positions, C) → the layout of ``features``, whose batch and channel dimension ``dims`` names."""
+    if features.dim() == 2 and dims == (0, 1):
+        return x
+    shape = features.movedim(dims, (0, -1)).shape
+    return x.view(x.shape[0], *shape[1:]).movedim((0, -1), dims)
+
+
+def _doubled(target: Any, n: int) -> Any:
+    if not isinstance(target, Tensor | list | tuple):
+        raise TypeError(f"targets must be tensors, lists or tuples, got {type(target).__name__}")
+    length = len(target) if not isinstance(target, Tensor) else target.shape[0] if target.dim() else None
+    if length != n:
+        raise ValueError(f"targets must have one entry for each of the {n} samples, got {length}")
+    return torch.cat([target, target]) if isinstance(target, Tensor) else target * 2

@@ -1,0 +1,145 @@
+"""SharedClassifier: one linear classifier for the plain and the mixed stream, with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbf import checks, functional, reference
+from fastbf.backend import check_backend
+
+
+class SharedClassifier(nn.Linear):
+    """A linear classifier shared by the plain and the mixed stream, with its loss.
+
+    Takes the keywords of the ``nn.Linear`` that it replaces, too: ``out_features`` for ``num_classes``, and in
+    ``forward`` ``input`` for ``features``.
+
+    Args:
+        in_features: channels C.
+        num_classes: K.
+        bias: whether there is one.
+        class_counts: training samples of each class, K numbers ≥ 0; adds their logarithm to the logits in the loss
+            only (Balanced Softmax).
+        class_weight: a factor for each class in the loss, K numbers.
+        label_smoothing: in [0, 1], in the loss.
+        ignore_index: targets of this value count nothing.
+        scale: multiplies input · weightᵀ + bias, in ``forward`` and in the loss.
+        backend: "auto", "triton" or "torch".
+        device, dtype: of the parameters.
+
+    Classes split over ranks are out of scope: every rank holds the whole weight. Neither counts nor weights of
+    classes are part of the ``state_dict``: it is that of ``nn.Linear``. They are buffers all the same: a cast of the
+    module casts them, and ``to_empty`` after construction on the meta device loses them.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
+
+    Source: Hou et al., CVPR 2022, section 3.2 (shared classifier); Ren et al., NeurIPS 2020 (Balanced Softmax).
+    """
+
+    op = "linear_cross_entropy"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int | None = None,
+        bias: bool = True,
+        *,
+        out_features: int | None = None,
+        class_counts: Tensor | Sequence[float] | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale: float = 1.0,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_classes = checks.either("num_classes", num_classes, "out_features", out_features)
+        checks.positive("in_features", in_features)
+        checks.positive("num_classes", num_classes)
+        super().__init__(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
+        self.scale, self.backend = checks.finite("scale", scale), check_backend(backend)
+        self.ignore_index = checks.integer("ignore_index", ignore_index)
+        counts = self._per_class("class_counts", class_counts)
+        self.register_buffer("log_prior", None if counts is None else counts.log(), persistent=False)
+        self.register_buffer("class_weight", self._per_class("class_weight", class_weight), persistent=False)
+
+    def _per_class(self, name: str, values: Tensor | Sequence[float] | None) -> Tensor | None:
+        if values is None:
+            return None
+        values = torch.as_tensor(values, device="cpu").detach()
+        checks.shape(name, values, (self.out_features,))
+        if not (values >= 0).all():
+            raise ValueError(f"{name} must not be negative, got {values.min().item()}")
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return values.to(device=self.weight.device, dtype=dtype, copy=True)
+
+    def forward(self, features: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K)."""
+        features = checks.either("features", features, "input", input)
+        self._check(features)
+        return reference.class_logits(super().forward(features), self.scale, None)
+
+    def loss(
+        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
+    ) -> Tensor | tuple[Tensor, functional.LossStats]:
+        """Cross-entropy of the features, forked or not.
+
+        Args:
+            features: (N, …, C), or the fork of twice as many rows, the plain half first.
+            target: class indices (N, …) int64, or probabilities (N, …, K).
+            reduction: "mean" over all rows of both streams that are not ignored, "sum" or "none".
+            stats: also return loss and accuracy of each stream, without waiting for the device: ``accuracy`` of logits
+                with the class counts, as the loss sees them, ``unadjusted_accuracy`` of those that ``forward`` gives.
+
+        Returns:
+            The loss, or the pair (loss, :class:`fastbf.functional.LossStats`).
+
+        Raises:
+            TypeError, ValueError: as :func:`fastbf.functional.linear_cross_entropy`.
+            RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
+                run in ``forward`` only; those of ``torch.nn.utils.parametrizations`` work.
+        """
+        if self._forward_pre_hooks:
+            raise RuntimeError(
+                "SharedClassifier.loss runs no forward pre-hooks: use torch.nn.utils.parametrizations instead"
+            )
+        weight = self.weight
+        if (
+            not isinstance(features, Tensor)
+            or features.shape[-1:] != weight.shape[1:]
+            or features.device != weight.device
+        ):
+            self._check(features)
+        return functional.linear_cross_entropy(
+            features,
+            weight,
+            target,
+            linear_bias=self.bias,
+            weight=self.class_weight,
+            logit_bias=self.log_prior,
+            scale=self.scale,
+            reduction=reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            stats=stats,
+            backend=self.backend,
+        )
+
+    def _check(self, features: Tensor) -> None:
+        checks.floating("features", features)
+        if not features.dim() or features.shape[-1] != self.in_features:
+            raise ValueError(
+                f"features must have {self.in_features} channels in the last dimension, got shape "
+                f"{tuple(features.shape)}"
+            )
+        if features.device != self.weight.device:
+            raise ValueError(
+                f"features must be on the device of the weights, {self.weight.device}, got {features.device}"
+            )

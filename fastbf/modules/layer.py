@@ -1,0 +1,227 @@
+"""BatchFormerLayer: a drop-in ``nn.TransformerEncoderLayer`` that is quick along the batch axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbf import checks, functional, reference
+from fastbf.backend import check_backend, choose
+from fastbf.distributed import gathering
+from fastbf.distributed.process_groups import group_of, name_of
+from fastbf.modules import layout
+
+
+def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
+    """ "relu" or "gelu" for the activations that the fused layer covers, None for any other."""
+    if activation is F.relu or type(activation) is nn.ReLU:
+        return "relu"
+    if activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none"):
+        return "gelu"
+    return None
+
+
+class BatchFormerLayer(nn.TransformerEncoderLayer):
+    """A drop-in ``nn.TransformerEncoderLayer`` that is quick along the batch axis.
+
+    Same constructor, parameters, initialisation, ``state_dict``, ``forward`` signature and results as the parent;
+    stacks by ``nn.TransformerEncoder`` included. Calls that the fused layer does not cover (masks, other
+    activations, hooks or replaced modules inside) run the parent's ``forward``.
+
+    Args:
+        backend: keyword-only; "auto", "triton" or "torch".
+        process_group: keyword-only; a ``torch.distributed`` group whose ranks' batches attend to each other, in
+            training and evaluation, see :mod:`fastbf.distributed`; None is this process alone (``dist.group.WORLD`` is
+            None before ``init_process_group``). Can be set later, too. Calls that the fused layer does not cover raise.
+
+    Raises:
+        ValueError: an activation name other than "relu" and "gelu", a head count that does not divide ``d_model``,
+            dropout outside [0, 1], an unknown backend, a group that this process is not in.
+        TypeError: process_group is something else than a group.
+
+    Source: paper section 3.2; the arithmetic is that of ``torch.nn.TransformerEncoderLayer``.
+    """
+
+    op = "encoder_layer"
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+        process_group: Any = None,
+    ) -> None:
+        checks.heads("d_model", d_model, "nhead", nhead)
+        checks.positive("dim_feedforward", dim_feedforward)
+        checks.probability("dropout", dropout)
+        if isinstance(activation, str):
+            checks.choice("activation", activation, functional.ACTIVATIONS)
+        check_backend(backend)
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        self.backend = backend
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:
+        """The group whose ranks' batches attend to each other, or None. Copies and pickles of a layer hold its name."""
+        return group_of(self._group)
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._group = name_of(process_group)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As the parent's. src (S, C), (S, B, C), or (B, S, C) with ``batch_first``; attention runs along S.
+
+        For BatchFormer S is the batch of samples. Returns src's shape, with the strides that the parent gives.
+
+        Raises:
+            ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers; a
+                process_group for a call that the fused layer does not cover.
+            TypeError: src is not a floating-point tensor.
+        """
+        masked = src_mask is not None or src_key_padding_mask is not None or is_causal
+        checks.floating("src", src)
+        reason = "the call has an attention mask." if masked else self.parent_reason(src)
+        if reason is None:
+            self._check(src)
+        elif self._group is not None:
+            raise ValueError(f"a layer with a process_group cannot serve this call: {reason}")
+        if self._group is None:
+            head_dim = None if reason else self.self_attn.head_dim
+            choice = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
+            # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
+            if reason is not None or (choice.backend == "torch" and not self.training):
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        along_batch = self.self_attn.batch_first and src.dim() == 3
+        out = self._fused(src.transpose(0, 1) if along_batch else src)
+        out = out.transpose(0, 1) if along_batch else out
+        # A norm ends the parent's layer, and gives what is contiguous, or a sum that begins with src.
+        return layout.like(out, src) if self.norm_first else out.contiguous()
+
+    def forks(self, x: Tensor) -> bool:
+        """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do."""
+        if type(self).forward is not BatchFormerLayer.forward or _is_altered(self) or self.parent_reason(x) is not None:
+            return False
+        return x.shape[0] > 0
+
+    def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
+        """The fork of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
+        return self._fused(x, plain=plain, forked=forked)
+
+    def parent_reason(self, src: Tensor | None = None) -> str | None:
+        """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
+        inside, activation = self._modules, self.activation  # a tenth of what attributes cost the host
+        attention, dropout, norm1, norm2 = inside["self_attn"], inside["dropout"], inside["norm1"], inside["norm2"]
+        linear1, linear2 = inside["linear1"], inside["linear2"]
+        dropout1, dropout2 = inside["dropout1"], inside["dropout2"]
+        if src is not None and src.is_nested:
+            return "the input is a nested tensor."
+        if _activation_name(activation) is None:
+            return "the activation is neither relu nor exact gelu."
+        for m, kind in (
+            (attention, nn.MultiheadAttention), (linear1, nn.Linear), (linear2, nn.Linear), (norm1, nn.LayerNorm),
+            (norm2, nn.LayerNorm), (dropout, nn.Dropout), (dropout1, nn.Dropout), (dropout2, nn.Dropout),
+        ):  # fmt: skip
+            if type(m) is not kind:
+                return "a module inside the layer was replaced."
+            if _is_altered(m):
+                return "a module inside the layer has hooks, or a forward of its own."
+        if _is_altered(attention._modules["out_proj"]) or (
+            isinstance(activation, nn.Module) and _is_altered(activation)
+        ):
+            return "a module inside the layer has hooks, or a forward of its own."
+        if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
+            return "the attention has extra keys or other widths for them."
+        if not (norm1.elementwise_affine and norm2.elementwise_affine):
+            return "a norm of the layer has no weight."
+        if not attention.dropout == dropout.p == dropout1.p == dropout2.p:
+            return "the layer's dropouts have different rates."
+        if not self.training == attention.training == dropout.training == dropout1.training == dropout2.training:
+            return "parts of the layer are in another mode than the layer."
+        if norm1.eps != norm2.eps:
+            return "the layer's norms have different eps."
+        return None
+
+    def _check(self, src: Tensor) -> None:
+        channels = self.self_attn.embed_dim
+        if src.dim() not in (2, 3):
+            raise ValueError(f"src must have 2 or 3 dimensions, (S, C) or (S, B, C), got shape {tuple(src.shape)}")
+        if src.shape[-1] != channels:
+            raise ValueError(f"src must have {channels} channels in its last dimension, got {src.shape[-1]}")
+        if src.device != self.linear1.weight.device:
+            raise ValueError(
+                f"src must be on the device of the weights, {self.linear1.weight.device}, got {src.device}"
+            )
+
+    def _weights(self) -> reference.LayerWeights:
+        inside = self._modules
+        attention = inside["self_attn"]
+        out_proj, linear1, linear2 = attention._modules["out_proj"], inside["linear1"], inside["linear2"]
+        norm1, norm2 = inside["norm1"], inside["norm2"]
+        try:  # registered parameters, at a fifth of what attributes cost the host
+            weights = [attention._parameters["in_proj_weight"], attention._parameters["in_proj_bias"]]
+            for m in (out_proj, linear1, linear2, norm1, norm2):
+                parameters = m._parameters
+                weights += parameters["weight"], parameters["bias"]
+        except KeyError:  # some are plain attributes (FSDP's flat parameters)
+            weights = [attention.in_proj_weight, attention.in_proj_bias]
+            for m in (out_proj, linear1, linear2, norm1, norm2):
+                weights += m.weight, m.bias
+        return reference.LayerWeights(*weights)
+
+    def _fused(self, x: Tensor, **fork: Any) -> Tensor:
+        """The layer along the first dimension of x (N, …, C)."""
+        weights = self._weights()
+        if x.device != weights.in_proj_weight.device:
+            self._check(x)
+        return functional.encoder_layer(
+            x,
+            *weights,
+            num_heads=self.self_attn.num_heads,
+            activation=_activation_name(self.activation),
+            dropout_p=self.dropout.p if self.training else 0.0,
+            norm_first=self.norm_first,
+            eps=self.norm1.eps,
+            backend=self.backend,
+            process_group=self._group,
+            **fork,
+        )
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Softmax weights along the first dimension of x (N, …, C), without dropout: (…, H, N, M), M of all ranks."""
+        w = self._weights()
+        if self.norm_first:
+            x = F.layer_norm(x, (x.shape[-1],), w.norm1_weight, w.norm1_bias, self.norm1.eps)
+        q, k, _ = reference.split_qkv(F.linear(x, w.in_proj_weight, w.in_proj_bias), self.self_attn.num_heads)
+        k, _ = gathering.gather(k, self._group)
+        return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
+
+
+def _is_altered(m: nn.Module) -> bool:
+    """Whether calling ``m`` would run more, or other, than the ``forward`` of its class."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in m.__dict__

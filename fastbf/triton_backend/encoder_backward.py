@@ -1,0 +1,228 @@
+"""Backward of ``fastbf/encoder.py``, on plain tensors.
+
+It goes from the layer's end to its start and stops where nothing further up wants a gradient. Weight gradients leave
+their matrix product in fp32 where the parameters are. What the elementwise kernels sum over rows goes into one buffer
+of partial sums, which is added up once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbf.dropout import Site
+from fastbf.kernels import activation, add_norm
+from fastbf.kernels.limits import device_limits
+from fastbf.kernels.rows import partial_sums
+from fastbf.torch_state import no_autocast
+from fastbf.triton_backend import attention_across_ranks as encoder_attention
+from fastbf.triton_backend.encoder_call import Layer, Saved
+from fastbf.triton_backend.encoder_weights import Factors
+from fastbf.triton_backend.matmul import weight_gradient
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted; the parameters by the names and in the order of ``LayerWeights``."""
+
+    x: bool
+    in_proj_weight: bool
+    in_proj_bias: bool
+    out_proj_weight: bool
+    out_proj_bias: bool
+    linear1_weight: bool
+    linear1_bias: bool
+    linear2_weight: bool
+    linear2_bias: bool
+    norm1_weight: bool
+    norm1_bias: bool
+    norm2_weight: bool
+    norm2_bias: bool
+
+    @property
+    def sums(self) -> bool:
+        """Whether any gradient is that an elementwise kernel sums."""
+        return any(self[9:]) or self.linear2_bias or self.linear1_bias or self.out_proj_bias
+
+    def reach(self, norm_first: bool) -> int:
+        """How far up backward has to go: 1 feed-forward, 2 the sums between, 3 attention, 4 the start; 0 is the end."""
+        middle, start = (self[11:], self[9:11]) if norm_first else (self[9:11], ())
+        stages = (
+            (self.x, *start),
+            (self.in_proj_weight, self.in_proj_bias, self.out_proj_weight),
+            (self.out_proj_bias, *middle),
+            (self.linear1_weight, self.linear1_bias, self.linear2_weight),
+        )
+        return next((4 - i for i, stage in enumerate(stages) if any(stage)), 0)
+
+
+class Gradients(NamedTuple):
+    """What backward gives, None where it is not wanted."""
+
+    x: Tensor | None = None  #: x's shape and dtype; of the fork that x is half of with ``fork`` "input"
+    in_proj_weight: Tensor | None = None
+    in_proj_bias: Tensor | None = None
+    out_proj_weight: Tensor | None = None
+    linear1_weight: Tensor | None = None
+    linear2_weight: Tensor | None = None
+    sums: Tensor | None = None  #: fp32 (W,), the gradients of all else, in the order of :func:`summed`
+
+
+def summed(norm_first: bool) -> tuple[str, ...]:
+    """The parameters whose gradients the elementwise kernels sum, in the order in which backward comes to them."""
+    norm1, norm2 = ("norm1_weight", "norm1_bias"), ("norm2_weight", "norm2_bias")
+    if norm_first:
+        return ("linear2_bias", "linear1_bias", "out_proj_bias", *norm2, *norm1)
+    return ("linear2_bias", *norm2, "linear1_bias", "out_proj_bias", *norm1)
+
+
+def sums_width(channels: int, width: int) -> int:
+    """Numbers in ``Gradients.sums`` for C channels and a feed-forward of F."""
+    return 6 * channels + width
+
+
+class _Partials:
+    """The buffer of partial sums, handed out stage by stage; nothing if no sum is wanted."""
+
+    def __init__(self, x: Tensor, width: int, wanted: bool, complete: bool) -> None:
+        self.filled, self.buffer = 0, None
+        if wanted:
+            parts = partial_sums(x.shape[0], device_limits(x.device))
+            allocate = torch.empty if complete else torch.zeros
+            self.buffer = allocate((parts, sums_width(x.shape[1], width)), dtype=torch.float32, device=x.device)
+
+    def take(self, size: int) -> Tensor | None:
+        """The next ``size`` columns."""
+        start, self.filled = self.filled, self.filled + size
+        return None if self.buffer is None else self.buffer[:, start : self.filled]
+
+    def total(self) -> Tensor | None:
+        return None if self.buffer is None else self.buffer.sum(0)
+
+
+def backward(
+    d_out: Tensor,
+    x: Tensor,
+    saved: Saved,
+    factors: Factors,
+    seed: Tensor | None,
+    layer: Layer,
+    wanted: Wanted,
+    dtype: torch.dtype,
+) -> Gradients:
+    """The gradients of one call.
+
+    Args:
+        d_out: gradient of the result, in its shape, contiguous.
+        x: [R, C], as in forward.
+        saved: what forward left.
+        factors: the weights that gradients flow through.
+        seed: as in forward.
+        layer: the call.
+        wanted: which gradients; at least one.
+        dtype: of the gradients of weights and of in_proj_bias: fp32, or that of the products.
+    """
+    with no_autocast(x):
+        return _backward(d_out, x, saved, factors, seed, layer, wanted, dtype)
+
+
+def _backward(
+    d_out: Tensor, x: Tensor, saved: Saved, f: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
+    dtype: torch.dtype,
+) -> Gradients:  # fmt: skip
+    rows, channels, width = layer.rows, x.shape[1], f.linear1.shape[0]
+    norm_first, eps, reach = layer.norm_first, layer.eps, wanted.reach(layer.norm_first)
+    partials = _Partials(x, width, wanted.sums, complete=reach >= (4 if norm_first else 2))
+    forked, into_fork = bool(layer.fork), layer.fork == "input"
+    plain = {"d_plain": d_out if layer.fork in ("x", "input") else None, "ds_forked": into_fork}
+
+    def empty(dtype: torch.dtype = layer.compute, needed: bool = True) -> Tensor | None:
+        return torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+
+    def empty_dx() -> Tensor | None:
+        shape = (2 * x.shape[0], channels) if into_fork else x.shape
+        return torch.empty(shape, dtype=x.dtype, device=x.device) if wanted.x else None
+
+    # drop + residual (+ norm): the end
+    d_branch, ds2 = empty(), None
+    drops = layer.drops(Site.FEEDFORWARD_OUTPUT, seed)
+    if norm_first:
+        add_norm.backward(d_out, rows, dy_forked=forked, dx=d_branch, partials=partials.take(channels), **drops)
+    else:
+        ds2 = empty(saved.s2.dtype, reach >= 2)
+        add_norm.backward(
+            d_out, rows, dy_forked=forked, norm=(saved.s2, f.norm2, eps), ds=ds2, dx=d_branch,
+            partials=partials.take(3 * channels), **drops,
+        )  # fmt: skip
+    if reach < 1:
+        return Gradients(sums=partials.total())
+
+    # feed-forward
+    dh, u = torch.mm(d_branch, f.linear2), saved.hidden
+    if layer.activation != "relu":
+        u = torch.empty_like(saved.hidden)
+    activation.backward(
+        dh, saved.hidden, rows, layer.activation, dh=dh, u=u, partials=partials.take(width),
+        **layer.drops(Site.ACTIVATION, seed),
+    )  # fmt: skip
+    grads = Gradients(
+        linear1_weight=weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
+        linear2_weight=weight_gradient(d_branch, u, dtype) if wanted.linear2_weight else None,
+    )
+    if reach < 2:
+        return grads._replace(sums=partials.total())
+
+    # norm and drop + residual between the two branches
+    dz = torch.mm(dh, f.linear1)
+    drops = layer.drops(Site.ATTENTION_OUTPUT, seed)
+    ds1 = empty(saved.s1.dtype, reach == 4) if norm_first else empty_dx()
+    if norm_first:
+        add_norm.backward(
+            dz, rows, skip=d_out, skip_forked=forked, norm=(saved.s1, f.norm2, eps), ds=ds1, dx=d_branch,
+            partials=partials.take(3 * channels), **drops,
+        )  # fmt: skip
+    else:
+        add_norm.backward(
+            ds2, rows, dy2=dz, norm=(saved.s1, f.norm1, eps), ds=ds1, dx=d_branch,
+            partials=partials.take(3 * channels), **(plain if ds1 is not None else {}), **drops,
+        )  # fmt: skip
+    if reach < 3:
+        return grads._replace(sums=partials.total())
+    del dh, dz, u, ds2  # attention's backward needs the room
+
+    # attention; across ranks, gradients of keys and values travel while the output projection's is computed
+    attention = None
+    if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
+        attention = encoder_attention.Backward(torch.mm(d_branch, f.out_proj), seed, layer, saved)
+    if wanted.out_proj_weight:
+        grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
+    if attention is not None:
+        d_qkv = attention.wait()
+    if wanted.in_proj_weight:
+        normed = x if saved.normed is None else saved.normed
+        grads = grads._replace(in_proj_weight=weight_gradient(d_qkv, normed, dtype))
+    if wanted.in_proj_bias:
+        grads = grads._replace(in_proj_bias=d_qkv.sum(0, dtype=dtype))
+    if reach < 4:
+        return grads._replace(sums=partials.total())
+
+    # the start
+    if norm_first:
+        dx = empty_dx()
+        add_norm.backward(
+            torch.mm(d_qkv, f.in_proj), rows, skip=ds1, norm=(x, f.norm1, eps), ds=dx,
+            partials=partials.take(2 * channels), **(plain if dx is not None else {}),
+        )  # fmt: skip
+    else:
+        dx = ds1
+        _add_product(layer.mixed(dx) if into_fork else dx, d_qkv, f.in_proj)
+    return grads._replace(x=dx, sums=partials.total())
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a · b; total is a matrix, or (N, L, C) in memory order, of rows that may have gaps."""
+    if total.dtype == a.dtype and total.is_contiguous():
+        total.view(a.shape[0], -1).addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b).view(total.shape))
