@@ -12,11 +12,11 @@ NEW_TRITON := $(VENV)/triton-3.9.0
 # Where the emulator of compiled kernels lies, a package named ptx, if it is there at all.
 EMULATOR ?= ../shared
 
-.PHONY: demo test lint aot emulate bench targets gpu report dist clean
+.PHONY: demo test lint types aot emulate bench targets gpu report dist clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -c constraints.txt -e ".[demo,bench,test]"
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[demo,bench,test,types]"
 	touch $@
 
 demo: $(READY)
@@ -40,6 +40,11 @@ emulate: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(MAKE) --no-print-directory types
+
+types: $(READY)
+	$(RUN) -m mypy
+	$(RUN) -m tests.type_check
 
 bench: $(READY)
 	$(RUN) -m pytest bench -rs

@@ -1,54 +1,28 @@
-"""Packaging. ``kernels/`` is installed as ``fastbf.kernels``; nothing else goes to the top level."""
+"""The part of packaging that needs Python; the metadata is in pyproject.toml.
 
+``kernels/`` is installed as ``fastbf.kernels``. In a checkout the link ``fastbf/kernels`` leads there too. Where git
+makes no links it is a text file, so the folder is named here.
+"""
+
+from contextlib import suppress
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
-PACKAGES = ("distributed", "kernels", "modules", "torch_backend", "triton_backend")
-here = Path(__file__).parent
-version = {}
-exec((here / "fastbf" / "version.py").read_text(encoding="utf-8"), version)
+
+class SdistWithLink(sdist):
+    """An sdist with the link ``fastbf/kernels``, so that fastbf can be imported where the sdist is unpacked."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        link = Path(base_dir, "fastbf", "kernels")
+        with suppress(OSError):  # some systems make no links; what is installed from the sdist is the same
+            link.symlink_to(Path("..", "kernels"), target_is_directory=True)
+
 
 setup(
-    name="fastbf",
-    version=version["__version__"],
-    description="BatchFormer (CVPR 2022) at speed: batch-axis attention and the shared classifier for PyTorch",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
-    packages=[
-        "fastbf",
-        "fastbf.kernels",
-        "fastbf.distributed",
-        "fastbf.modules",
-        "fastbf.torch_backend",
-        "fastbf.triton_backend",
-    ],
-    package_dir={"fastbf": "fastbf", "fastbf.kernels": "kernels"},
-    package_data={"fastbf": ["py.typed"]},
-    install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={
-        "demo": ["matplotlib", "scikit-learn", "tqdm"],
-        "bench": ["matplotlib", "pytest", "pytest-benchmark", "tqdm"],
-        "test": [
-            "expecttest",
-            "numpy",
-            "pytest",
-            "pytest-benchmark",
-            "pytest-xdist",
-            "ruff",
-            "build",
-            "matplotlib",
-            "scikit-learn",
-            "tqdm",
-        ],
-        "timm": ["timm"],
-        "ecosystem": ["accelerate", "lightning", "torchmetrics"],
-    },
-    classifiers=[
-        "Programming Language :: Python :: 3",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
+    packages=sorted({*find_packages(include=["fastbf", "fastbf.*"]), "fastbf.kernels"}),
+    package_dir={"fastbf.kernels": "kernels"},
+    cmdclass={"sdist": SdistWithLink},
 )

@@ -20,7 +20,7 @@ class Ceilings(NamedTuple):
         return max(nbytes / self.bytes, flops / self.flops)
 
 
-#: A GPU's dense bf16 products and its copy, both measured on one H100 (DESIGN section 7). Only for what is computed.
+#: A GPU's dense bf16 products and its copy, both measured on one H100 (docs/design.md). Only for what is computed.
 H100 = Ceilings(3.0e12, 800e12)
 
 

@@ -1,38 +1,51 @@
-"""How a Function's backward runs that cannot be differentiated twice."""
+"""The backward of a Function that can be differentiated once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 Gradients = tuple[Tensor | None, ...]
 
 
 def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
-    """For the backward of a Function; ``refusal`` is what a second derivative raises RuntimeError with.
+    """Decorates the backward of a Function; a second derivative raises RuntimeError with the text ``refusal``.
 
-    As ``torch.autograd.function.once_differentiable``, but what it returns refuses a second derivative whatever came
-    in: PyTorch's lets one through, as zero, where the incoming gradient is a constant.
+    ``torch.autograd.function.once_differentiable`` raises only where the incoming gradient requires grad. Where that is
+    a constant, it lets a second derivative be zero.
     """
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
-        def run(ctx: object, *grads: Tensor) -> Gradients:
+        def run(ctx: Any, *grads: Tensor) -> Gradients:
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-                return _refusing(refusal, found)
-            return found
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return found
+            # create_graph=True: autograd records what is done with these gradients.
+            leaves = (None if grad is None else grad.detach().requires_grad_() for grad in found)
+            refusing: Gradients = _Refusing.apply(refusal, *leaves)
+            return refusing
 
         return run
 
     return decorate
 
 
-def _refusing(refusal: str, grads: Gradients) -> Gradients:
-    """The same gradients; differentiating them raises RuntimeError."""
-    refuse = torch._C._functions.DelayedError(refusal.encode(), len(grads))
-    return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
+class _Refusing(Function):
+    """Gradients as they are; differentiating them raises RuntimeError."""
+
+    @staticmethod
+    def forward(ctx: Any, refusal: str, *grads: Tensor | None) -> Gradients:
+        ctx.refusal = refusal
+        # Not the inputs themselves: autograd would make views of them, which nobody may change in place.
+        return tuple(None if grad is None else grad.detach() for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        raise RuntimeError(ctx.refusal)

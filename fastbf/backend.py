@@ -1,11 +1,11 @@
-"""Which backend runs a call, and why: the one place where that is decided (DESIGN section 4)."""
+"""Which backend runs a call, and why: the one place where that is decided (docs/design.md)."""
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+    requested: str = "auto"  #: what the caller asked for
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -93,8 +94,14 @@ def unbuilt(op: str, device: torch.device, error: Exception) -> str:
     return reason
 
 
-def give_up(op: str, device: torch.device, error: Exception) -> None:
-    """As :func:`unbuilt`, said in a warning."""
+def give_up(choice: Choice, op: str, device: torch.device, error: Exception, *, final: bool = False) -> None:
+    """Lets PyTorch serve a call whose kernel could not be built, with a warning; from now on "auto" takes it there.
+
+    Raises:
+        Exception: ``error``, where the caller asked for "triton", a compiler traces the call, or the choice is final.
+    """
+    if final or choice.requested == "triton" or torch.compiler.is_compiling():
+        raise error
     _warned(unbuilt(op, device, error))
 
 
@@ -145,7 +152,7 @@ def _obstacle(
 
 
 def choose(
-    backend: str,
+    backend: str | Choice,
     op: str,
     *tensors: Tensor,
     head_dim: int | None = None,
@@ -155,6 +162,7 @@ def choose(
     """The backend for one call of ``op`` on ``tensors``, of whose shapes the first one's counts.
 
     Args:
+        backend: what the caller asks for, or the choice that was made already.
         head_dim: of an encoder layer, if known.
         channels: of an encoder layer, if they are not the first tensor's last dimension.
         obstacle: why the caller itself rules out a kernel.
@@ -162,12 +170,14 @@ def choose(
     Raises:
         ValueError: an unknown backend, or "triton" for a call that no kernel covers; the message says why.
     """
+    if isinstance(backend, Choice):
+        return backend
     check_backend(backend)
     if backend == "torch":
-        return Choice("torch", "backend='torch' was asked for.")
+        return Choice("torch", "backend='torch' was asked for.", backend)
     obstacle = obstacle or _obstacle(op, tensors, head_dim, channels, interpreter=backend == "triton")
     if obstacle is None:
-        return Choice("triton", OPS[op])
+        return Choice("triton", OPS[op], backend)
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
     return Choice("torch", obstacle)
@@ -193,11 +203,11 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
         op = getattr(what, "op", None)
         if op not in OPS:
             raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
-        layers = [m for m in what.modules() if hasattr(m, "parent_reason")]
+        layers: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
         reason = next(filter(None, (layer.parent_reason() for layer in layers)), None)
         attention = layers[0].self_attn if layers else None
         return choose(
-            backend or what.backend,
+            backend or str(what.backend),
             op,
             *tensors,
             head_dim=attention and attention.head_dim,

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 
-def either(name: str, value: object, alias: str, other: object) -> object:
-    """The one of two that was given, of an argument that has two names."""
-    if (value is None) == (other is None):
-        given = "both" if value is not None else "neither"
-        raise TypeError(f"{name} must be given, as {name} or as {alias}, got {given}")
-    return other if value is None else value
+
+def either(name: str, value: T | None, alias: str, other: T | None) -> T:
+    """Returns the one of two that was given, of an argument that has two names."""
+    if value is not None and other is None:
+        return value
+    if other is not None and value is None:
+        return other
+    given = "neither" if value is None else "both"
+    raise TypeError(f"{name} must be given, as {name} or as {alias}, got {given}")
 
 
 def tensor(name: str, x: object) -> Tensor:
@@ -25,7 +30,8 @@ def tensor(name: str, x: object) -> Tensor:
 
 
 def floating(name: str, x: object) -> Tensor:
-    if not tensor(name, x).is_floating_point():
+    x = tensor(name, x)
+    if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
     return x
 
@@ -52,24 +58,28 @@ def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> Non
             raise TypeError(f"{other} must have the dtype of {name}, {x.dtype}, got {y.dtype}")
 
 
-def probability(name: str, p: float) -> float:
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def probability(name: str, p: object) -> float:
     if type(p) is float and 0 <= p <= 1:
         return p
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"{name} must be a number, got {type(p).__name__}")
-    if not 0 <= p <= 1:
+    number = _number(name, p)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {p}")
-    return float(p)
+    return number
 
 
 def finite(name: str, value: object) -> float:
-    if type(value) is float and -math.inf < value < math.inf:  # what is usual needs no look at abstract classes
+    if type(value) is float and -math.inf < value < math.inf:  # isinstance with an abstract class costs more
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # as math.isfinite, which torch.compile does not trace for every number
+    number = _number(name, value)
+    if not -math.inf < number < math.inf:  # not math.isfinite, which torch.compile does not trace for every number
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def integer(name: str, value: object) -> int:
@@ -87,9 +97,10 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
 
 
 def positive(name: str, value: object) -> int:
-    if integer(name, value) < 1:
+    number = integer(name, value)
+    if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return number
 
 
 def heads(width_name: str, width: int, heads_name: str, num_heads: int) -> None:
@@ -119,7 +130,7 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
     many as targets along the first dimension. Index ranges are checked on CPU only: elsewhere that would wait for
     the device.
     """
-    tensor("target", target)
+    target = tensor("target", target)
     if target.device != device:
         raise ValueError(f"target must be on the device of the input, {device}, got {target.device}")
     tail = (num_classes,) if target.is_floating_point() else ()
@@ -147,7 +158,7 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
 
 
 def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Every target is a class or ignored; looks at all of them."""
+    """Checks that every target is a class or ignored, which waits for the device."""
     if target.numel() == 0:
         return
     least, greatest = torch.aminmax(target)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils import _pytree as pytree
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from fastbf import checks
-from fastbf.cuda_graph_inputs import Used, observed
+from fastbf.torch_state import flattened, has_gradient_hooks, has_hooks, own_tensors
 
 CAPTURABLE = "cuda"
 
@@ -48,20 +49,18 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
         RuntimeError: what PyTorch cannot capture (a wait for the device, such as ``.item()``); a backward that comes
             after a later call.
 
-    Source: ``torch.cuda.make_graphed_callables``; DESIGN section 3.
+    Source: ``torch.cuda.make_graphed_callables``.
     """
     if not sample_args:
         raise ValueError("sample_args must hold at least one tensor, got none")
-    first = checks.tensor("sample_args[0]", sample_args[0])
-    rest = {f"sample_args[{i}]": checks.tensor(f"sample_args[{i}]", x) for i, x in enumerate(sample_args)}
-    checks.same_device("sample_args[0]", first, rest)
-    if first.device.type != CAPTURABLE:
+    named = {f"sample_args[{i}]": checks.tensor(f"sample_args[{i}]", x) for i, x in enumerate(sample_args)}
+    checks.same_device("sample_args[0]", sample_args[0], named)
+    if sample_args[0].device.type != CAPTURABLE:
         return callable
 
     module = callable if isinstance(callable, nn.Module) else None
     eager = callable if module is None else module.forward
-    args = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in sample_args)
-    graphed = _Graphed(eager, module, args)
+    graphed = _Graphed(eager, module, tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in sample_args))
     if module is None:
         return graphed
     module.forward = graphed
@@ -72,14 +71,14 @@ class _Graphed:
     """The captured callable, its inputs, and what a call must have in common with the captured one."""
 
     def __init__(self, eager: Callable[..., Any], module: nn.Module | None, args: tuple[Tensor, ...]) -> None:
-        self.eager, self.module = eager, module
-        self.used: Used = observed(eager, module, args)
-        self.args, self.parameters = args, self.used.leaves
+        self.eager, self.module, self.args = eager, module, args
+        self.used = _observe(eager, module, args)
+        self.parameters = self.used.parameters
         self.calls = 0
         self.state = self._state(args)
         self.wants_grad = torch.is_grad_enabled()
-        with _without_autocast_cache(), _explained():
-            self.replay = torch.cuda.make_graphed_callables(
+        with _without_autocast_cache(args[0].device.type), _explained():
+            self.replay: Callable[..., Any] = torch.cuda.make_graphed_callables(
                 lambda *inputs: eager(*inputs[: len(args)]), (*args, *self.parameters), allow_unused_input=True
             )
             self.addresses = self._gradients()
@@ -89,8 +88,8 @@ class _Graphed:
             return self.eager(*args, **kwargs)
         self.calls += 1
         inputs = (_Input.apply(x) if x.requires_grad and x.is_leaf else x for x in args)
-        out, structure = pytree.tree_flatten(self.replay(*inputs, *self.parameters))
-        return pytree.tree_unflatten(_Results.apply(self, *out), structure)
+        results, rebuild = flattened(self.replay(*inputs, *self.parameters))
+        return rebuild(_Results.apply(self, *results))
 
     def _matches(self, args: tuple[Any, ...]) -> bool:
         return (
@@ -100,18 +99,19 @@ class _Graphed:
             and self._state(args) == self.state
         )
 
-    def _state(self, args: tuple[Tensor, ...]) -> tuple:
-        """All but the arguments that a captured kernel depends on."""
+    def _state(self, args: tuple[Tensor, ...]) -> tuple[object, ...]:
+        """Everything but the arguments that a captured kernel depends on."""
         kind = args[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         return autocast, self.used.state()
 
     def _gradients(self) -> list[int | None]:
-        """Where the graph leaves each parameter's gradient."""
-        out = [o for o in pytree.tree_leaves(self.replay(*self.args, *self.parameters)) if o.requires_grad]
-        if not out or not self.parameters:
+        """The address where the graph leaves each parameter's gradient."""
+        results = [x for x in flattened(self.replay(*self.args, *self.parameters))[0] if x.requires_grad]
+        if not results or not self.parameters:
             return [None] * len(self.parameters)
-        found = torch.autograd.grad(out, self.parameters, [torch.zeros_like(o) for o in out], allow_unused=True)
+        incoming = [torch.zeros_like(x) for x in results]
+        found = torch.autograd.grad(results, self.parameters, incoming, allow_unused=True)
         return [None if grad is None else grad.data_ptr() for grad in found]
 
     def keep_gradients(self) -> None:
@@ -134,19 +134,19 @@ class _Input(Function):
     """Its argument; the gradient in memory of its own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return None if grad is None else grad.clone()
 
 
 class _Results(Function):
-    """What a replay returned, in memory of its own; its backward is the first to run, before the graph's."""
+    """Copies of a replay's results, in memory of their own; its backward runs before the graph's."""
 
     @staticmethod
-    def forward(ctx, graphed: _Graphed, *results: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graphed: _Graphed, *results: Tensor) -> tuple[Tensor, ...]:
         ctx.graphed, ctx.call = graphed, graphed.calls
         copies = tuple(x.clone() for x in results)
         differentiable = graphed.used.differentiable
@@ -154,7 +154,7 @@ class _Results(Function):
         return copies
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.call != ctx.graphed.calls:
             raise RuntimeError(
                 "backward came after a later call of the graphed callable, whose activations took the place of this "
@@ -164,26 +164,22 @@ class _Results(Function):
         return None, *grads
 
 
-def _fits(x: Any, sample: Tensor) -> bool:
+def _fits(x: object, sample: Tensor) -> bool:
     if not isinstance(x, Tensor) or x.requires_grad > sample.requires_grad:
         return False
     return x.shape == sample.shape and x.dtype == sample.dtype and x.device == sample.device
 
 
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Casts of weights must be in the graph, rather than remembered from before it."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
+def _without_autocast_cache(device: str) -> torch.autocast:
+    """A context with autocast as it is, but for its cache: casts of weights must be in the graph."""
+    return torch.autocast(
+        device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+    )
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
+    """Adds to an error of PyTorch what a callable that is captured must not do."""
     try:
         yield
     except RuntimeError as error:
@@ -191,3 +187,71 @@ def _explained() -> Iterator[None]:
             "the callable cannot be captured as a CUDA graph: it must not wait for the device (.item(), .cpu(), shapes "
             f"that depend on data) nor touch tensors of other devices. PyTorch says: {error}"
         ) from error
+
+
+class _Used(NamedTuple):
+    """What a callable uses beside its arguments."""
+
+    parameters: tuple[Tensor, ...]  #: leaves that get a gradient
+    modules: tuple[nn.Module, ...]  #: those that were called, and all inside them
+    differentiable: tuple[bool, ...]  #: of each result, flattened
+
+    def state(self) -> tuple[object, ...]:
+        """Values of which none may change between capture and replay: addresses, modes, dropout rates."""
+        held = (*self.parameters, *(t for module in self.modules for t in own_tensors(module)))
+        tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in held]
+        return tensors, [(module.training, vars(module).get("p")) for module in self.modules]
+
+
+def _observe(call: Callable[..., Any], owner: nn.Module | None, args: tuple[Tensor, ...]) -> _Used:
+    """Runs ``call``, the forward of ``owner`` if that is given, on its arguments.
+
+    Raises:
+        TypeError: it returns something else than tensors.
+        ValueError: what it uses cannot be replayed: hooks, or parameters on another device.
+    """
+    called: list[nn.Module] = [] if owner is None else [owner]
+    hook = register_module_forward_pre_hook(lambda module, _: called.append(module))
+    try:
+        results, _ = flattened(call(*args))
+    finally:
+        hook.remove()
+    for result in results:
+        if not isinstance(result, Tensor):
+            raise TypeError(f"callable must return tensors only, got {type(result).__name__}")
+    modules = tuple({inner: None for module in called for inner in module.modules()})
+    _check_modules(modules, owner)
+    parameters = tuple(leaf for leaf in _leaves(results) if not any(leaf is x for x in args))
+    _check_parameters(parameters, args[0].device)
+    return _Used(parameters, modules, tuple(result.requires_grad for result in results))
+
+
+def _leaves(results: list[Tensor]) -> list[Tensor]:
+    """The tensors at which the derivatives of the results end."""
+    todo = [x.grad_fn for x in results if x.grad_fn is not None]
+    seen, leaves = set(todo), []
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(following)
+        todo += following
+    return leaves
+
+
+def _check_modules(modules: tuple[nn.Module, ...], owner: nn.Module | None) -> None:
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError("callable must not hold DistributedDataParallel: graph the module, then wrap that")
+        if module is not owner and has_hooks(module):
+            name = type(module).__name__
+            raise ValueError(f"modules inside callable must have no hooks, which would run at capture only; {name} has")
+
+
+def _check_parameters(parameters: tuple[Tensor, ...], device: torch.device) -> None:
+    for parameter in parameters:
+        if parameter.device != device:
+            raise ValueError(f"parameters must be on the device of sample_args, {device}, got {parameter.device}")
+        if has_gradient_hooks(parameter):
+            raise ValueError("parameters must have no hooks, which would run in the graph and again on what it returns")

@@ -44,7 +44,7 @@ assert sys.byteorder == "little"
 
 
 class Site(IntEnum):
-    """The four places of an encoder layer where dropout acts (DESIGN section 1)."""
+    """The four places of an encoder layer where dropout acts (docs/design.md, the mathematics)."""
 
     ATTENTION = 0
     ATTENTION_OUTPUT = 1
@@ -107,17 +107,20 @@ class Dropout:
     def __init__(
         self, p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
     ) -> None:  # fmt: skip
-        self.p, self.drop, self.dtype, self.first = p, threshold(p), dtype, first
-        self.limit = self.drop - _HALF - 0.5
-        self.scale = 0.0 if self.drop == _ALL else _ALL / (_ALL - self.drop)
-        self.keys = None if seed is None else round_keys(seed)
-        if seed is not None and self.drop == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
+        self.p: float = p
+        self.threshold: int = threshold(p)
+        self.dtype: torch.dtype = dtype
+        self.first: tuple[int, int, int] = first
+        self.limit: float = self.threshold - _HALF - 0.5
+        self.scale: float = 0.0 if self.threshold == _ALL else _ALL / (_ALL - self.threshold)
+        self.keys: tuple[Tensor, Tensor] | None = None if seed is None else round_keys(seed)
+        if seed is not None and self.threshold == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
             bits = torch.arange(256, device=seed.device)[:, None] >> torch.arange(8, device=seed.device)
-            self.table = ((bits & 1) - 1).to(torch.int16)
+            self.table: Tensor = ((bits & 1) - 1).to(torch.int16)
         self.ahead: list[Tensor] = []
-        self.traced = traced()
+        self.traced: bool = traced()
         #: A compiler or a transform looks on, and nobody asks for certain decisions: PyTorch's own dropout suits.
-        self.plain = seed is None and self.traced
+        self.plain: bool = seed is None and self.traced
 
     def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
         """Words of a piece of attention's scores, (groups, queries, keys), that begins at a group and a row."""
@@ -145,7 +148,7 @@ class Dropout:
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
         # Several of each 64-bit number, which generators are quickest at. One half needs but one bit of each.
-        kind, each = (torch.int8, 8) if self.drop == _HALF else (torch.int16, 4)
+        kind, each = (torch.int8, 8) if self.threshold == _HALF else (torch.int16, 4)
         numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)
         return numbers.view(kind)[:count].view(shape)
 
@@ -163,17 +166,18 @@ class Dropout:
             (*broadcast shape of group and row, columns), int16.
         """
         shape = torch.broadcast_shapes(group.shape, row.shape)
-        swapped = self.drop != _HALF and site == Site.ATTENTION
-        per_call = 128 if self.drop == _HALF else 8
+        swapped = self.threshold != _HALF and site == Site.ATTENTION
+        per_call = 128 if self.threshold == _HALF else 8
         # If swapped, four calls serve 32 columns, and the first of them alone the first few.
         calls = min(-(-columns // 2), 4 * -(-columns // 32)) if swapped else -(-columns // per_call)
         block = torch.arange(calls, device=group.device) + first_column // per_call
         group, row = group[..., None], row[..., None]
-        words = _rounds(block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site), self.keys)
+        assert self.keys is not None
+        four = _rounds(block, row & _LOW, group & _LOW, (group >> 32) * 4 + int(site), self.keys)
         if swapped:
-            words = [w.unflatten(-1, (-1, min(4, calls))) for w in words]
-        words = torch.stack(words, dim=-2 if swapped else -1).to(torch.int32).flatten(len(shape))
-        if self.drop == _HALF:
+            four = [w.unflatten(-1, (-1, min(4, calls))) for w in four]
+        words = torch.stack(four, dim=-2 if swapped else -1).to(torch.int32).flatten(len(shape))
+        if self.threshold == _HALF:
             byte = words.view(torch.uint8)[..., : -(-columns // 8)]
             words = self.table.index_select(0, byte.flatten().to(torch.int32))
             return words.view(*shape, byte.shape[-1] * 8)[..., :columns]

@@ -1,4 +1,4 @@
-"""What this machine is, in the words that reports and measurements carry."""
+"""The names and versions that reports and measurements state: packages, devices, processors."""
 
 from __future__ import annotations
 

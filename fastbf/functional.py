@@ -11,22 +11,21 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastbf import checks, reference
+from fastbf import checks
 from fastbf.backend import Choice, choose, give_up
 from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import Batch, Facts, meet, name_of, rank_and_size
 from fastbf.dropout import draw_seed, threshold
+from fastbf.reference import LayerOptions, LayerWeights, LossOptions
 from fastbf.torch_backend import attention, classifier, elementwise
 from fastbf.torch_backend import encoder_layer as layer
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, transformed
-
-T = TypeVar("T")
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -56,27 +55,6 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, needed: 
 def _needs_seed(choice: Choice, group: str | None = None) -> bool:
     """Whether decisions must be a function of a seed and of places: on kernels, and in a group that shares a batch."""
     return choice.backend == "triton" or group is not None
-
-
-def _run(in_torch: Callable[..., T], choice: Choice, backend: str, *args: Any, **options: Any) -> T:
-    """An op by the chosen backend; on kernels it has the name and the parameters that it has in PyTorch.
-
-    Where a kernel cannot be built, "auto" takes PyTorch from then on.
-    """
-    if choice.backend == "torch":
-        return in_torch(*args, **options)
-    from fastbf.kernels.launch import BuildError
-    from fastbf.triton_backend import encoder_layer as autograd
-
-    op = in_torch.__name__
-    on_kernels = getattr(autograd, op)
-    if backend == "triton" or torch.compiler.is_compiling():
-        return on_kernels(*args, **options)
-    try:
-        return on_kernels(*args, **options)
-    except BuildError as error:
-        give_up(op, args[0].device, error)
-        return in_torch(*args, **options)
 
 
 def batch_attention(
@@ -113,7 +91,7 @@ def batch_attention(
         TypeError: not tensors, not floating point, unequal dtypes, a seed of another type.
         ValueError: shapes or devices that do not fit, dropout_p outside [0, 1], no kernel for "triton".
 
-    Source: paper section 3.2; DESIGN section 1, second line.
+    Source: paper section 3.2; docs/design.md, the mathematics.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, x)
@@ -126,7 +104,15 @@ def batch_attention(
     choice = choose(backend, "batch_attention", q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.finite("scale", scale)
     seed = _as_seed(seed, p, q.device, _needs_seed(choice))
-    return _run(attention.batch_attention, choice, backend, *autocast(q, k, v), scale=scale, p=p, seed=seed)
+    q, k, v = autocast(q, k, v)
+    if choice.backend == "triton":
+        from fastbf.triton_backend import attention as kernels
+
+        try:
+            return kernels.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
+        except kernels.BuildError as error:
+            give_up(choice, "batch_attention", q.device, error)
+    return attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
 
 
 def dropout_add_layer_norm(
@@ -158,7 +144,7 @@ def dropout_add_layer_norm(
     Raises:
         TypeError, ValueError: as :func:`batch_attention`.
 
-    Source: DESIGN section 1, s1 to z and s2 to y.
+    Source: docs/design.md, the mathematics, s1 to z and s2 to y.
     """
     checks.floating("x", x)
     checks.min_rank("x", x, 2, "(N, …, C)")
@@ -170,7 +156,14 @@ def dropout_add_layer_norm(
     eps = checks.finite("eps", eps)
     choice = choose(backend, "dropout_add_layer_norm", x, residual)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice))
-    return _run(elementwise.dropout_add_layer_norm, choice, backend, x, residual, weight, bias, p=p, eps=eps, seed=seed)
+    if choice.backend == "triton":
+        from fastbf.triton_backend import elementwise as kernels
+
+        try:
+            return kernels.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
+        except kernels.BuildError as error:
+            give_up(choice, "dropout_add_layer_norm", x.device, error)
+    return elementwise.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
 
 
 def activation_dropout(
@@ -196,7 +189,7 @@ def activation_dropout(
     Raises:
         TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation.
 
-    Source: DESIGN section 1, u.
+    Source: docs/design.md, the mathematics, u.
     """
     checks.floating("x", x)
     checks.min_rank("x", x, 2, "(N, …, F)")
@@ -204,7 +197,14 @@ def activation_dropout(
     p = checks.probability("dropout_p", dropout_p)
     choice = choose(backend, "activation_dropout", x)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice))
-    return _run(elementwise.activation_dropout, choice, backend, x, activation, p=p, seed=seed)
+    if choice.backend == "triton":
+        from fastbf.triton_backend import elementwise as kernels
+
+        try:
+            return kernels.activation_dropout(x, activation, dropout_p=p, seed=seed)
+        except kernels.BuildError as error:
+            give_up(choice, "activation_dropout", x.device, error)
+    return elementwise.activation_dropout(x, activation, dropout_p=p, seed=seed)
 
 
 def encoder_layer(
@@ -230,7 +230,7 @@ def encoder_layer(
     plain: Tensor | None = None,
     forked: bool = False,
     seed: int | Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Choice = "auto",
     process_group: Any = None,
 ) -> Tensor:
     """A transformer encoder layer along the first dimension, from its tensors; its result, or the fork that it ends.
@@ -269,9 +269,9 @@ def encoder_layer(
             every rank if the ranks of a process_group do not make the same call.
         RuntimeError: a CUDA graph is being captured of a call with a process_group.
 
-    Source: paper section 3.2; DESIGN section 1.
+    Source: paper section 3.2; docs/design.md, the mathematics.
     """
-    weights = reference.LayerWeights(
+    weights = LayerWeights(
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
@@ -284,22 +284,29 @@ def encoder_layer(
         raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
     checks.choice("activation", activation, ACTIVATIONS)
     p = checks.probability("dropout_p", dropout_p)
-    eps = checks.finite("eps", eps)
+    options = LayerOptions(num_heads, activation, norm_first, checks.finite("eps", eps), p)
     group = None if process_group is None else name_of(process_group)
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
     if absent:  # others wait for what this rank computes, of nothing: a row stands in
         x, plain = _with_stand_in(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
-    options = {"num_heads": num_heads, "activation": activation, "norm_first": norm_first, "eps": eps, "p": p}
-    options |= {"seed": _as_seed(seed, p, x.device, _needs_seed(choice, group)), "plain": plain, "forked": forked}
-    if alone:
-        return _run(layer.encoder_layer, choice, backend, x, weights, **options)
-    batch = _meet(group, x, weights, absent, choice, **options)
-    if not (batch.total and x.numel()):
-        x, batch = gathering.confirmed(x, batch), None  # nothing to send
-    # No second try on PyTorch where a kernel cannot be built: the other ranks would not take part.
-    out = _run(layer.encoder_layer, choice, choice.backend, x, weights, batch=batch, **options)
+    seed = _as_seed(seed, p, x.device, _needs_seed(choice, group))
+    batch = None
+    if group is not None and not alone:
+        batch = _meet(group, x, weights, absent, choice, options, forked)
+        if not (batch.total and x.numel()):
+            x, batch = gathering.confirmed(x, batch), None  # nothing to send
+    if choice.backend == "triton":
+        from fastbf.triton_backend import encoder_layer as kernels
+
+        try:
+            out = kernels.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
+            return out[:0] if absent else out
+        except kernels.BuildError as error:
+            # Across ranks there is no second try on PyTorch, in which the others would not take part.
+            give_up(choice, "encoder_layer", x.device, error, final=not alone)
+    out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
     return out[:0] if absent else out
 
 
@@ -311,25 +318,24 @@ def _with_stand_in(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tenso
 
 
 def _meet(
-    group: str, x: Tensor, weights: reference.LayerWeights, absent: bool, choice: Choice, *, num_heads: int, p: float,
-    norm_first: bool, forked: bool, **_: object,
-) -> Batch:  # fmt: skip
+    group: str, x: Tensor, weights: LayerWeights, absent: bool, choice: Choice, options: LayerOptions, forked: bool
+) -> Batch:
     """The batch that this rank's samples are a part of."""
     if transformed():
         raise ValueError("a process_group is not for transforms of torch.func")
     dtype = autocast_dtype(x) or x.dtype
     roots = [x, weights.in_proj_weight, weights.in_proj_bias]
-    roots += [weights.norm1_weight, weights.norm1_bias] if norm_first else []
-    backward = differentiated(*roots)
-    facts = Facts("encoder_layer", dtype, backward, choice.backend, num_heads, threshold(p), x.shape[1:])
+    roots += [weights.norm1_weight, weights.norm1_bias] if options.norm_first else []
+    numbers = options.num_heads, threshold(options.dropout_p)
+    facts = Facts("encoder_layer", dtype, differentiated(*roots), choice.backend, *numbers, x.shape[1:])
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
 
 
 # What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.
-_sound: set[tuple] = set()
+_sound: set[tuple[object, ...] | None] = set()
 
 
-def _facts(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple | None:
+def _facts(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
     """What the fit of ``tensors`` to x, which has at least two dimensions, depends on; None if nothing may be kept."""
     if torch.compiler.is_compiling():
         return None
@@ -340,7 +346,7 @@ def _facts(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tupl
         return None
 
 
-def _check_layer(x: Tensor, weights: reference.LayerWeights, num_heads: int) -> None:
+def _check_layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     """That the tensors of an encoder layer fit each other."""
     facts = _facts(x, weights, type(num_heads), num_heads)
     if facts in _sound:
@@ -389,6 +395,58 @@ def _check_classifier(
     checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
     if facts is not None:
         _sound.add(facts)
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    stats: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    stats: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, LossStats]: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    stats: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]: ...
 
 
 def linear_cross_entropy(
@@ -458,17 +516,24 @@ def linear_cross_entropy(
     scale = checks.finite("scale", scale)
     ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    checks.probability("label_smoothing", label_smoothing)
+    label_smoothing = checks.probability("label_smoothing", label_smoothing)
     forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
     obstacle = _classifier_obstacle(target, weight, logit_bias)
     choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
 
-    loss, of_streams = _run(
-        classifier.linear_cross_entropy, choice, backend, input, linear_weight, target, linear_bias=linear_bias,
-        weight=weight, logit_bias=logit_bias, scale=scale, reduction=reduction, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, forked=forked, stats=stats,
-    )  # fmt: skip
-    return (loss, LossStats(*of_streams)) if stats else loss
+    options = LossOptions(scale, reduction, ignore_index, label_smoothing, forked, stats)
+    tensors = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    loss = None
+    if choice.backend == "triton":
+        from fastbf.triton_backend import classifier as kernels
+
+        try:
+            loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **tensors)
+        except kernels.BuildError as error:
+            give_up(choice, "linear_cross_entropy", input.device, error)
+    if loss is None:
+        loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **tensors)
+    return (loss, LossStats(*streams)) if stats else loss
 
 
 def _classifier_obstacle(target: Tensor, weight: Tensor | None, logit_bias: Tensor | None) -> str | None:

@@ -1,4 +1,4 @@
-"""How much the torch backend works on at a time, and in which precision."""
+"""How many elements the torch backend works on at a time, and the dtypes of sums and losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums and statistics are kept in fp32, or in fp64 for fp64 inputs (DESIGN section 5)."""
+    """The dtype of sums and statistics: fp32, or fp64 for fp64 inputs."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 

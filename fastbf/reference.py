@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the fallback where no kernel applies, and what kernels and tests are held against.
 
-Written as the mathematics of BatchFormer (Hou et al., CVPR 2022, section 3; DESIGN section 1). Any dtype and
+Written as the mathematics of BatchFormer (Hou et al., CVPR 2022, section 3; docs/design.md). Any dtype and
 device, differentiable any number of times. The batch length N is the first dimension throughout, C the channels,
 H heads of D = C/H channels, L positions (absent for V1).
 
@@ -34,6 +34,27 @@ class LayerWeights(NamedTuple):
     norm1_bias: Tensor | None  # (C,)
     norm2_weight: Tensor  # (C,)
     norm2_bias: Tensor | None  # (C,)
+
+
+class LayerOptions(NamedTuple):
+    """What an encoder layer does beside its tensors."""
+
+    num_heads: int
+    activation: str  #: "relu" or "gelu"
+    norm_first: bool
+    eps: float
+    dropout_p: float
+
+
+class LossOptions(NamedTuple):
+    """What the loss of a linear classifier does beside its tensors."""
+
+    scale: float
+    reduction: str  #: "mean", "sum" or "none"
+    ignore_index: int
+    label_smoothing: float
+    forked: bool  #: the input is a fork of the target's rows
+    stats: bool  #: each stream's loss and accuracy are wanted
 
 
 class LayerMasks(NamedTuple):
@@ -81,22 +102,9 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
 
 
-def attention_input(x: Tensor, weights: LayerWeights, *, norm_first: bool, eps: float) -> Tensor:
-    """What an encoder layer's attention reads of its input x (N, …, C)."""
-    return F.layer_norm(x, (x.shape[-1],), weights.norm1_weight, weights.norm1_bias, eps) if norm_first else x
-
-
-def after_attention(
-    x: Tensor, o: Tensor, weights: LayerWeights, *, activation: str, norm_first: bool, eps: float, masks: LayerMasks
-) -> Tensor:  # fmt: skip
-    """The rest of an encoder layer, given its input x (N, …, C) and what attention made of it, o (N, …, H, D)."""
-    w, channels = weights, (x.shape[-1],)
-    s1 = x + _drop(F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias), masks.attention_output)
-    first, second = (w.norm1_weight, w.norm1_bias), (w.norm2_weight, w.norm2_bias)
-    z = F.layer_norm(s1, channels, *(second if norm_first else first), eps)
-    u = activation_dropout(F.linear(z, w.linear1_weight, w.linear1_bias), activation, mask=masks.activation)
-    b = _drop(F.linear(u, w.linear2_weight, w.linear2_bias), masks.feedforward_output)
-    return s1 + b if norm_first else F.layer_norm(z + b, channels, *second, eps)
+def fork(plain: Tensor, mixed: Tensor, dim: int = 0) -> Tensor:
+    """Both streams in one tensor, the plain half first."""
+    return torch.cat([plain, mixed], dim=dim)
 
 
 def encoder_layer(
@@ -109,11 +117,17 @@ def encoder_layer(
     eps: float,
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
 ) -> Tensor:
-    """A whole encoder layer along the first dimension (DESIGN section 1). x (N, …, C) → (N, …, C)."""
-    n = attention_input(x, weights, norm_first=norm_first, eps=eps)
-    q, k, v = split_qkv(F.linear(n, weights.in_proj_weight, weights.in_proj_bias), num_heads)
+    """A whole encoder layer along the first dimension (docs/design.md, the mathematics). x (N, …, C) → (N, …, C)."""
+    w, channels = weights, (x.shape[-1],)
+    norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
+    n = F.layer_norm(x, channels, *norm1) if norm_first else x
+    q, k, v = split_qkv(F.linear(n, w.in_proj_weight, w.in_proj_bias), num_heads)
     o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
-    return after_attention(x, o, weights, activation=activation, norm_first=norm_first, eps=eps, masks=masks)
+    s1 = x + _drop(F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias), masks.attention_output)
+    z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
+    u = activation_dropout(F.linear(z, w.linear1_weight, w.linear1_bias), activation, mask=masks.activation)
+    b = _drop(F.linear(u, w.linear2_weight, w.linear2_bias), masks.feedforward_output)
+    return s1 + b if norm_first else F.layer_norm(z + b, channels, *norm2)
 
 
 class CrossEntropyTerms(NamedTuple):
@@ -187,6 +201,6 @@ def correct(logits: Tensor, unadjusted: Tensor, target: Tensor, ignore_index: in
     logits and unadjusted (M, K), the same tensor if there is no logit_bias → (2, M) bool, a row for each of the two.
     """
     label = target.argmax(dim=-1) if target.is_floating_point() else target
-    right = [x.argmax(dim=-1) == label for x in ([logits] if logits is unadjusted else [logits, unadjusted])]
-    right = torch.stack(right if len(right) == 2 else right * 2)
+    each = [x.argmax(dim=-1) == label for x in ([logits] if logits is unadjusted else [logits, unadjusted])]
+    right = torch.stack(each if len(each) == 2 else each * 2)
     return right if target.is_floating_point() else right & (target != ignore_index)

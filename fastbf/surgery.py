@@ -41,6 +41,7 @@ def convert(module: nn.Module) -> int:
     plain = [m for m in module.modules() if type(m) is nn.TransformerEncoderLayer]
     for layer in plain:
         layer.__class__ = BatchFormerLayer
+        assert isinstance(layer, BatchFormerLayer)  # for type checkers
         layer.backend, layer.process_group = "auto", None
     return len(plain)
 
@@ -60,8 +61,8 @@ def strip(module: nn.Module) -> nn.Module:
     _check_module(module)
     if isinstance(module, BatchFormer):
         return PassThrough().train(module.training)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, BatchFormer):
-                setattr(parent, name, PassThrough().train(child.training))
+    # A module with two names is replaced under both, and one inside another before that.
+    for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
+        if isinstance(child, BatchFormer):
+            module.set_submodule(name, PassThrough().train(child.training))
     return module

@@ -1,16 +1,21 @@
-"""What surrounds a call: autocast, a compiler, a functional transform."""
+"""What surrounds a call (autocast, a compiler, a functional transform), and every private name of torch in fastbf.
+
+A private name may change in any release of torch. Each is read by one function here, whose docstring names the public
+substitute. All were tried with torch 2.10.0 and 2.13.0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-T = TypeVar("T")
-
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
 
@@ -23,15 +28,19 @@ def _autocasts(device: str) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast turns x into where it enters a matrix product; None if it leaves x alone."""
+    """The dtype that autocast gives x where it enters a matrix product; None if autocast leaves x alone."""
     device = x.device.type
     if not _autocasts(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
 
+@overload
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]: ...
+@overload
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]: ...
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts what a matrix product reads to autocast's dtype where autocast is on, as ``F.linear`` does."""
+    """Casts the operands of a matrix product to autocast's dtype where autocast is on, as ``F.linear`` does."""
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, *others
@@ -43,29 +52,14 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if x.device.type == "cuda" and autocast_dtype(x) is not None else dtype
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    """What runs under this computes in the dtypes it is given."""
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which operators on x's device compute in the dtypes that they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _autocasts(device) else _NOTHING
 
 
-def traced_as_constant(function: Callable[..., T]) -> Callable[..., T]:
-    """``torch.compile`` takes the function's result at the time of tracing, without looking inside.
-
-    What ``torch.compiler.assume_constant_result`` does, which imports the whole compiler, Triton included.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-@traced_as_constant
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` looks on, which sees through PyTorch's own operators only."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def traced() -> bool:
-    """Whether a transform of ``torch.func`` looks on, or ``torch.compile``, which sees better through operators too."""
+    """Whether ``torch.compile`` or a transform of ``torch.func`` is at work: both see through PyTorch's operators."""
     return torch.compiler.is_compiling() or transformed()
 
 
@@ -75,11 +69,114 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 
 def donated(x: Tensor) -> bool:
-    """Whether the backward that is running may use up what was saved for it: nothing will read that again.
+    """Whether the backward that is running may overwrite what was saved for it, because nothing reads that again.
 
-    Not where the graph is retained, where a CUDA graph is captured, which may replay this backward, or under a
+    False where the graph is retained, where a CUDA graph is captured, which may replay this backward, and under a
     compiler. x: a tensor on the device.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _graph_is_kept():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running was called with ``retain_graph=True``.
+
+    Public substitute: none.
+    """
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return keeps
+
+
+def traced_as_constant(function: AnyFunction) -> AnyFunction:
+    """Lets ``torch.compile`` take the function's result at the time of tracing, without tracing the function.
+
+    Public substitute: ``torch.compiler.assume_constant_result``, which imports the whole compiler, Triton included.
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
+@traced_as_constant
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active, which sees through PyTorch's own operators only.
+
+    Public substitute: none.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its target, in one launch where all are dense and all sources have one dtype.
+
+    Public substitute: ``Tensor.copy_``, one launch a tensor.
+    """
+    torch._foreach_copy_(targets, sources)
+
+
+def has_onednn_linear() -> bool:
+    """Whether this build of torch has :func:`onednn_linear`."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias by oneDNN, on CPU. x (M, K), weight (N, K), each whole in memory; bias (N,), contiguous.
+
+    Public substitute: ``F.linear``, by the library that torch prefers.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of a ``group_name``; RuntimeError or ValueError if this process has none of that name.
+
+    Public substitute: none.
+    """
+    c10d: Any = dist.distributed_c10d
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)
+    return group
+
+
+def flattened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of nested containers, in order, and a function that puts others in their places.
+
+    Public substitute: none.
+    """
+    leaves, structure = _pytree.tree_flatten(tree)
+    return leaves, lambda others: _pytree.tree_unflatten(others, structure)
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module, those of its children apart.
+
+    Public substitute: ``Module.parameters`` and ``Module.buffers``, which make 13 Python calls a module; a graphed
+    callable asks all of its modules at every call.
+    """
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module, or its backward, runs hooks.
+
+    Public substitute: none, here and in the three below.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks before its ``forward``."""
+    return bool(module._forward_pre_hooks)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling the module runs more, or other, than the ``forward`` of its class."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def has_gradient_hooks(leaf: Tensor) -> bool:
+    """Whether hooks run on the gradient of a leaf, or after it was added up."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)

@@ -7,11 +7,13 @@ gradient while it has h in registers.
 Shapes: rows [R, F], dense, in the order of :class:`fastbf.kernels.rows.Rows`. Offsets are 64-bit.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import Drop, cdiv, keep_mode, keep_scale, launch, operator, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import ACTIVATION_TILE, Rows, multiplier, place
 
@@ -89,7 +91,7 @@ def activation_backward(
         tl.store(p_partials + columns, tl.sum(total, 0), mask=columns < F)
 
 
-def _constants(h: Tensor, activation: str, threshold: int) -> dict[str, object]:
+def _constants(h: Tensor, activation: str, threshold: int) -> dict[str, Any]:
     tile = ACTIVATION_TILE
     return {
         "F": h.shape[-1], "BM": tile.rows, "BC": tile.channels, "GELU": activation == "gelu",
@@ -97,26 +99,27 @@ def _constants(h: Tensor, activation: str, threshold: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def forward(
-    h: Tensor, rows: Rows, activation: str, *, u: Tensor, seed: Tensor | None, site: int, threshold: int
-) -> None:
+@operator("u")
+def forward(h: Tensor, rows: Rows, activation: str, *, u: Tensor, drop: Drop) -> None:
     """u = drop(act(h)).
 
     Args:
         h: [R, F], dense in the order of ``rows``.
         activation: "relu" or "gelu".
         u: [R, F] to write to.
-        seed, site, threshold: as in ``add_norm.forward``.
+        drop: what is dropped.
     """
     tiles = cdiv(h.shape[-1], ACTIVATION_TILE.channels)
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), rows.first, tiles, site, threshold, keep_scale(threshold),
+        rows.total, rows.inner, int(rows.position_major), rows.first, tiles, drop.site, drop.threshold,
+        keep_scale(drop.threshold),
     )  # fmt: skip
-    programs = cdiv(rows.count, ACTIVATION_TILE.rows) * tiles
-    tensors = (h, u, seed_or(seed, h))
-    launch(activation_forward, programs, h.device, tensors, numbers, _constants(h, activation, threshold))
+    programs = cdiv(rows.total, ACTIVATION_TILE.rows) * tiles
+    tensors = (h, u, seed_or(drop.seed, h))
+    launch(activation_forward, programs, h.device, tensors, numbers, _constants(h, activation, drop.threshold))
 
 
+@operator("dh", "u", "partials")
 def backward(
     du: Tensor,
     saved: Tensor,
@@ -126,9 +129,7 @@ def backward(
     dh: Tensor,
     u: Tensor | None = None,
     partials: Tensor | None = None,
-    seed: Tensor | None,
-    site: int,
-    threshold: int,
+    drop: Drop,
 ) -> None:
     """dh, and partial sums of it.
 
@@ -138,15 +139,15 @@ def backward(
         dh: [R, F] to write to.
         u: with "gelu", [R, F] to write u to once more, or None.
         partials: (P, F) fp32, any row stride, or None: partial sums of dh.
-        seed, site, threshold: as in :func:`forward`.
+        drop: as in :func:`forward`.
     """
     tiles = cdiv(du.shape[-1], ACTIVATION_TILE.channels)
-    parts = cdiv(rows.count, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
-    tensors = (du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(seed, du))
+    parts = cdiv(rows.total, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
+    tensors = (du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(drop.seed, du))
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), rows.first, tiles,
-        0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold),
+        rows.total, rows.inner, int(rows.position_major), rows.first, tiles,
+        0 if partials is None else partials.stride(0), drop.site, drop.threshold, keep_scale(drop.threshold),
     )  # fmt: skip
-    constants = _constants(du, activation, threshold)
+    constants = _constants(du, activation, drop.threshold)
     constants.update(STORE_U=u is not None, PARTIALS=partials is not None)
     launch(activation_backward, parts * tiles, du.device, tensors, numbers, constants)

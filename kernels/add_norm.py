@@ -11,11 +11,13 @@ Shapes: rows [R, C], dense, in the order of :class:`fastbf.kernels.rows.Rows`; y
 of a fork, plain the other half. Offsets are 64-bit.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import NO_DROP, Drop, cdiv, keep_mode, keep_scale, launch, operator, seed_or
 from fastbf.kernels.rng import KEEP_ALL
 from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
 
@@ -182,20 +184,31 @@ def sums_in_registers(has_x: bool, norm: bool, channels: int) -> bool:
     return (has_x + 2 * norm) * channels <= 16384
 
 
+class Norm(NamedTuple):
+    """A LayerNorm; its weight is None where there is none."""
+
+    weight: Tensor | None = None  #: (C,)
+    bias: Tensor | None = None  #: (C,)
+    eps: float = 0.0
+    sums: Tensor | None = None  #: in backward [R, C]: what it normalised
+
+
+#: None at all.
+NO_NORM = Norm()
+
+
+@operator("y", "total", "copy")
 def forward(
     residual: Tensor,
     rows: Rows,
     *,
     y: Tensor,
     x: Tensor | None = None,
-    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    norm: Norm = NO_NORM,
     total: Tensor | None = None,
     copy: Tensor | None = None,
     plain: Tensor | None = None,
-    plain_forked: bool = False,
-    seed: Tensor | None = None,
-    site: int = 0,
-    threshold: int = 0,
+    drop: Drop = NO_DROP,
 ) -> None:
     """y = LayerNorm(residual + drop(x)).
 
@@ -205,84 +218,79 @@ def forward(
         residual: [R, C], C ≤ 8192.
         y: [R, C] to write to; with ``plain`` the fork [2R, C], of which the mixed half is written.
         x: [R, C]; None is zero.
-        norm: weight (C,), bias (C,) or None, eps; None leaves the sum as it is.
+        norm: without one the sum is left as it is.
         total: [R, C] to write residual + drop(x) to.
         copy: [R, C] to write y to once more.
-        plain: [R, C], or, if ``plain_forked``, the plain half of a fork [2R, C]: written to the plain half of y.
-        seed: int64, one element; None only if nothing is dropped.
-        site: ``fastbf.dropout.Site``.
-        threshold: of 65,536, how many values mean "drop".
+        plain: [R, C], or a fork [2R, C], whose plain half counts: written to the plain half of y.
+        drop: of x.
     """
     channels = residual.shape[-1]
     tile = norm_tile("add_norm_forward", channels)
-    weight, bias, eps = norm or (None, None, 0.0)
-    optional = (x, residual, weight, bias, plain, total, y, copy, seed)
+    optional = (x, residual, norm.weight, norm.bias, plain, total, y, copy, drop.seed)
     tensors = tuple([residual if t is None else t for t in optional])
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), rows.first, *rows.fork,
-        site, threshold, keep_scale(threshold), eps,
+        rows.total, rows.inner, int(rows.position_major), rows.first, *rows.fork,
+        drop.site, drop.threshold, keep_scale(drop.threshold), norm.eps,
     )  # fmt: skip
     flags = {
-        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
-        "HAS_X": x is not None, "NORM": norm is not None, "HAS_BIAS": bias is not None,
+        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(drop.threshold),
+        "HAS_X": x is not None, "NORM": norm.weight is not None, "HAS_BIAS": norm.bias is not None,
         "STORE_SUM": total is not None, "COPY": copy is not None, "FORK": plain is not None,
-        "PLAIN_FORKED": plain_forked,
+        "PLAIN_FORKED": plain is not None and len(plain) > rows.total,
         "num_warps": tile.num_warps,
     }  # fmt: skip
-    launch(add_norm_forward, cdiv(rows.count, tile.rows), residual.device, tensors, numbers, flags)
+    launch(add_norm_forward, cdiv(rows.total, tile.rows), residual.device, tensors, numbers, flags)
 
 
+@operator("ds", "dx", "partials")
 def backward(
     dy: Tensor,
     rows: Rows,
     *,
-    dy_forked: bool = False,
     dy2: Tensor | None = None,
     skip: Tensor | None = None,
-    skip_forked: bool = False,
     d_plain: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, float] | None = None,
+    norm: Norm = NO_NORM,
     ds: Tensor | None = None,
-    ds_forked: bool = False,
     dx: Tensor | None = None,
     partials: Tensor | None = None,
-    seed: Tensor | None = None,
-    site: int = 0,
-    threshold: int = 0,
+    drop: Drop = NO_DROP,
 ) -> None:
     """The gradients of s = residual + drop(x) and of x, and partial sums of those of the norm and of x.
 
-    All tensors are dense in the order of ``rows``, R = N · L, and may differ in dtype.
+    All tensors are dense in the order of ``rows``, R = N · L, and may differ in dtype. Of a fork [2R, C] the mixed half
+    counts, unless it says otherwise.
 
     Args:
-        dy: gradient of y [R, C], or, if ``dy_forked``, of a fork [2R, C].
+        dy: gradient of y: [R, C] or a fork [2R, C].
         dy2: [R, C], a second part of y's gradient, only where there is a norm.
-        skip: a gradient of s that comes from elsewhere, only where there is a norm: [R, C], or, if ``skip_forked``,
-            the mixed half of a fork [2R, C].
+        skip: a gradient of s that comes from elsewhere, only where there is a norm: [R, C] or a fork [2R, C].
         d_plain: gradient of a fork [2R, C], whose plain half joins ds; only where ds is wanted.
-        norm: the stored s [R, C], the norm's weight (C,), eps; None if there was no norm.
-        ds: [R, C] to write the gradient of s to, or, if ``ds_forked``, a fork [2R, C], to which d_plain goes too.
+        norm: with s among its ``sums``; its bias does not matter.
+        ds: [R, C] to write the gradient of s to, or a fork [2R, C], to which d_plain goes too.
         dx: [R, C] to write the gradient of x to; None if there was no x.
         partials: (P, W) fp32, any row stride, or None; P programs run, and each fills a row: sums of the gradients of
             x, if there is one, and of the norm's weight and bias, if there is one; C each.
-        seed, site, threshold: as in :func:`forward`.
+        drop: as in :func:`forward`.
     """
     channels = dy.shape[-1]
     tile = norm_tile("add_norm_backward", channels)
-    total, weight, eps = norm or (None, None, 0.0)
-    optional = (dy, dy2, skip, d_plain, total, weight, ds, dx, partials)
-    programs = cdiv(rows.count, tile.rows) if partials is None else partials.shape[0]
-    tensors = (*[dy if t is None else t for t in optional], seed_or(seed, dy))
+    has_norm = norm.weight is not None
+    optional = (dy, dy2, skip, d_plain, norm.sums, norm.weight, ds, dx, partials)
+    programs = cdiv(rows.total, tile.rows) if partials is None else partials.shape[0]
+    tensors = (*[dy if t is None else t for t in optional], seed_or(drop.seed, dy))
     numbers = (
-        rows.count, rows.inner, int(rows.position_major), rows.first, *rows.fork,
-        0 if partials is None else partials.stride(0), site, threshold, keep_scale(threshold), eps,
+        rows.total, rows.inner, int(rows.position_major), rows.first, *rows.fork,
+        0 if partials is None else partials.stride(0), drop.site, drop.threshold,
+        keep_scale(drop.threshold), norm.eps,
     )  # fmt: skip
+    forked = [t is not None and len(t) > rows.total for t in (dy, skip, ds)]
     flags = {
-        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(threshold),
-        "HAS_X": dx is not None, "NORM": norm is not None, "HAS_DY2": dy2 is not None, "HAS_SKIP": skip is not None,
+        "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(drop.threshold),
+        "HAS_X": dx is not None, "NORM": has_norm, "HAS_DY2": dy2 is not None, "HAS_SKIP": skip is not None,
         "HAS_PLAIN": d_plain is not None, "STORE_DS": ds is not None, "PARTIALS": partials is not None,
-        "IN_REGISTERS": partials is not None and sums_in_registers(dx is not None, norm is not None, tile.channels),
-        "DY_FORKED": dy_forked, "SKIP_FORKED": skip_forked, "DS_FORKED": ds_forked,
+        "IN_REGISTERS": partials is not None and sums_in_registers(dx is not None, has_norm, tile.channels),
+        "DY_FORKED": forked[0], "SKIP_FORKED": forked[1], "DS_FORKED": forked[2],
         "num_warps": tile.num_warps, "maxnreg": tile.maxnreg,
     }  # fmt: skip
     launch(add_norm_backward, programs, dy.device, tensors, numbers, flags)

@@ -20,13 +20,16 @@ fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are t
 head; p_ marks a pointer. Offsets are 64-bit.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule
-from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, seed_or
+from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, operator, seed_or
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
 
@@ -497,19 +500,19 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return sample if samples > 1 else 0, position if positions > 1 else 0, head if heads > 1 else 0
 
 
-def _constants(x: Tensor, threshold: int) -> dict[str, object]:
+def _tiles(config: Config) -> dict[str, Any]:
+    """The compile-time arguments that a configuration gives, and its options of a launch."""
+    return {
+        "BM": config.block_m, "BN": config.block_n, "BD": config.block_d,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def _constants(x: Tensor, threshold: int) -> dict[str, Any]:
     """The compile-time arguments that every kernel takes, tiles aside."""
-    # fp32 products in TF32 only where PyTorch's own are (DESIGN section 5).
+    # fp32 products in TF32 only where PyTorch's own are (docs/design.md, contracts).
     tf32 = x.dtype != torch.float32 or (x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32")
     return {"D": x.shape[-1], "KEEP": keep_mode(threshold), "PRECISION": "tf32" if tf32 else "ieee"}
-
-
-def _run(
-    kernel, config: Config, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, object]
-) -> None:  # fmt: skip
-    tiles = {"BM": config.block_m, "BN": config.block_n, "BD": config.block_d}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(kernel, programs, tensors[0].device, tensors, numbers, {**constants, **tiles, **options})
 
 
 def choose(kernel: str, q: Tensor, m: int) -> Config:
@@ -518,12 +521,27 @@ def choose(kernel: str, q: Tensor, m: int) -> Config:
     return config_for(kernel, n, m, positions * heads, head_dim, q.dtype.itemsize, device_limits(q.device))
 
 
-def _origin(origin: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """As kernels take it. They go back from samples to rows by a number of its own: if it knew that to be the first's
-    opposite, a compiler would keep both in registers.
+class Options(NamedTuple):
+    """What a call does to its scores.
+
+    ``group``, ``row`` and ``key`` say where its groups, queries and keys begin in the batch that dropout knows. Of
+    queries at more positions than the keys have, those from this group on are computed.
     """
-    group, row, key = origin
-    return group, row, -row, key
+
+    scale: float
+    seed: Tensor | None = None  #: int64, one element, on q's device; None only if nothing is dropped
+    threshold: int = 0  #: of 65,536 equally likely values, how many mean "drop"
+    group: int = 0  #: a multiple of H
+    row: int = 0
+    key: int = 0  #: a multiple of 128 if the call streams, else 0
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """The origin as kernels take it.
+
+        Kernels go back from samples to rows by a number of its own. Told that it is the negative of another, a
+        compiler would keep both in registers.
+        """
+        return self.group, self.row, -self.row, self.key
 
 
 def streams(n: int, m: int) -> bool:
@@ -531,110 +549,101 @@ def streams(n: int, m: int) -> bool:
     return schedule(n, m) == "streaming"
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    *,
-    scale: float,
-    threshold: int,
-    o: Tensor,
-    lse: Tensor | None,
-    origin: tuple[int, int, int] = (0, 0, 0),
-) -> None:
+@operator("o", "lse")
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, *, o: Tensor, lse: Tensor | None) -> None:
     """o = drop(softmax(scale · q kᵀ)) v, and the log-sum-exp of every row of scores.
 
     Args:
         q: (N, …, H, D), D ≤ 512, channels contiguous (rows that do not start at 16 bytes are copied).
         k, v: (M, …, H, D), likewise.
-        seed: int64, one element, on q's device; None only if nothing is dropped.
-        scale: of the scores.
-        threshold: of 65,536, how many values mean "drop".
+        options: of the scores.
         o: q's shape, to write to, channels contiguous.
         lse: (positions · H, N) fp32, to write to; None if the call is packed, that is unless :func:`streams`.
-        origin: (group, query, key): where these keys, and the queries, begin in what dropout knows. Of queries at more
-            positions than the keys have, those from this group on are computed, a multiple of H. The key is a multiple
-            of 128 if the call streams, else 0.
     """
     q, k, v, o = _layout(q), _layout(k), _layout(v), _positions(o)
     n, _, heads, _ = q.shape
     m, groups = k.shape[0], k.shape[1] * heads
-    numbers = (scale * LOG2_E, threshold, keep_scale(threshold))
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(o))
-    constants = _constants(q, threshold)
-    seed = seed_or(seed, q)
+    numbers = (*options.numbers(), options.scale * LOG2_E, options.threshold, keep_scale(options.threshold))
+    numbers += (*_strides(q), *_strides(k), *_strides(v), *_strides(o))
+    constants = _constants(q, options.threshold)
+    seed = seed_or(options.seed, q)
     if lse is None:
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
-        numbers = (n, m, heads, groups, slots, *_origin(origin), *numbers, *strides)
-        _run(forward_packed, config, cdiv(groups, slots), (q, k, v, o, seed), numbers, constants)
+        numbers = (n, m, heads, groups, slots, *numbers)
+        constants |= _tiles(config)
+        launch(forward_packed, cdiv(groups, slots), q.device, (q, k, v, o, seed), numbers, constants)
         return
     config = choose("forward_streaming", q, m)
     tiles = cdiv(n, config.block_m)
-    numbers = (n, m, heads, tiles, *_origin(origin), *numbers, *strides)
-    _run(forward_streaming, config, groups * tiles, (q, k, v, o, lse, seed), numbers, constants)
+    numbers = (n, m, heads, tiles, *numbers)
+    constants |= _tiles(config)
+    launch(forward_streaming, groups * tiles, q.device, (q, k, v, o, lse, seed), numbers, constants)
 
 
+class Gradients(NamedTuple):
+    """Where backward writes: channels contiguous, rows at multiples of 16 bytes, k and v with equal strides."""
+
+    q: Tensor  #: (N, …, H, D)
+    k: Tensor  #: (M, …, H, D)
+    v: Tensor  #: (M, …, H, D)
+
+
+class Inputs(NamedTuple):
+    """What forward was given, and what it wrote."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor | None
+    lse: Tensor | None
+
+
+@operator("grads_q", "grads_k", "grads_v")
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor | None,
-    lse: Tensor | None,
-    seed: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    *,
-    scale: float,
-    threshold: int,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-    origin: tuple[int, int, int] = (0, 0, 0),
+    do: Tensor, saved: Inputs, options: Options, grads: Gradients, needs: Sequence[bool] = (True, True, True)
 ) -> None:
-    """Writes dq, dk and dv.
+    """Writes the gradients of q, k and v.
 
     Args:
         do: (N, …, H, D), any strides.
-        q, k, v, seed, scale, threshold, origin: as they were in :func:`forward`; o and lse as it wrote
-            them, both None if it was packed, or, where these keys are some of many, those of attention to all.
-        dq: (N, …, H, D) to write to, channels contiguous, rows at multiples of 16 bytes; dk and dv (M, …, H, D)
-            likewise, with equal strides.
-        needs: whether dq, dk and dv are wanted; the packed schedule writes all, the other leaves the rest as it is.
+        saved: o and lse are both None if forward was packed. Where these keys are some of many, they are those of
+            attention to all.
+        options: as in :func:`forward`.
+        grads: to write to.
+        needs: whether each is wanted; the packed schedule writes all, the other leaves the rest as it is.
     """
-    do, q, k, v = _layout(do), _layout(q), _layout(k), _layout(v)
-    dq, dk, dv = _positions(dq), _positions(dk), _positions(dv)
+    do, q, k, v = _layout(do), _layout(saved.q), _layout(saved.k), _layout(saved.v)
+    o, lse, (dq, dk, dv) = saved.o, saved.lse, map(_positions, grads)
     n, _, heads, _ = q.shape
     m, groups = k.shape[0], k.shape[1] * heads
-    numbers = (scale, scale * LOG2_E, threshold, keep_scale(threshold))
-    inputs = (*_strides(q), *_strides(k), *_strides(v))
+    scale, threshold = options.scale, options.threshold
+    numbers = (*options.numbers(), scale, scale * LOG2_E, threshold, keep_scale(threshold))
+    numbers += (*_strides(q), *_strides(k), *_strides(v))
     constants = _constants(q, threshold)
-    seed = seed_or(seed, q)
+    seed = seed_or(options.seed, q)
     if lse is None:
         config = choose("backward_packed", q, m)
         slots = packed_slots(config, n, m)
-        strides = (*inputs, *_strides(do), *_strides(dq), *_strides(dk))
-        tensors = (q, k, v, do, dq, dk, dv, seed)
-        numbers = (n, m, heads, groups, slots, *_origin(origin), *numbers, *strides)
-        _run(backward_packed, config, cdiv(groups, slots), tensors, numbers, constants)
+        numbers = (n, m, heads, groups, slots, *numbers, *_strides(do), *_strides(dq), *_strides(dk))
+        constants |= _tiles(config)
+        launch(backward_packed, cdiv(groups, slots), q.device, (q, k, v, do, dq, dk, dv, seed), numbers, constants)
         return
     config = choose("backward_query", q, m)
+    assert o is not None
     o = _positions(o)
     delta = torch.empty_like(lse)
     tiles = cdiv(n, config.block_m)
     tensors = (q, k, v, o, do, lse, delta, dq, seed)
-    strides = (*inputs, *_strides(o), *_strides(do), *_strides(dq))
-    flags = {"RELOAD": config.reload, "NEEDS_DQ": needs[0]}
-    sizes = (n, m, heads, tiles, *_origin(origin))
-    _run(backward_query, config, groups * tiles, tensors, (*sizes, *numbers, *strides), {**constants, **flags})
+    sizes = (n, m, heads, tiles, *numbers, *_strides(o), *_strides(do), *_strides(dq))
+    flags = {**constants, "RELOAD": config.reload, "NEEDS_DQ": needs[0], **_tiles(config)}
+    launch(backward_query, groups * tiles, q.device, tensors, sizes, flags)
     config = choose("backward_key_value", q, m)
     tiles = cdiv(m, config.block_n)
-    strides = (*inputs, *_strides(do), *_strides(dk))
     tensors = (q, k, v, do, lse, delta, dk, dv, seed)
-    numbers = (n, m, heads, tiles, *_origin(origin), *numbers, *strides)
+    sizes = (n, m, heads, tiles, *numbers, *_strides(do), *_strides(dk))
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:
-            flags = {"RELOAD": config.reload, "NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv}
-            _run(backward_key_value, config, groups * tiles, tensors, numbers, {**constants, **flags})
+            flags = {**constants, "RELOAD": config.reload, "NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv, **_tiles(config)}
+            launch(backward_key_value, groups * tiles, q.device, tensors, sizes, flags)

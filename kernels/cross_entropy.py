@@ -12,14 +12,14 @@ the program that adds up stops the device with an assertion, as PyTorch's own ke
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import cdiv, launch
+from fastbf.kernels.launch import cdiv, launch, operator
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Tile, partial_sums
 
@@ -330,7 +330,7 @@ class Options(NamedTuple):
     smoothing: float  #: of the labels, in [0, 1]
 
 
-def _flags(num_classes: int, target: Tensor, options: Options) -> dict[str, object]:
+def _flags(num_classes: int, target: Tensor, options: Options) -> dict[str, Any]:
     tile = class_tile(num_classes)
     return {
         "BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes),
@@ -340,7 +340,9 @@ def _flags(num_classes: int, target: Tensor, options: Options) -> dict[str, obje
     }  # fmt: skip
 
 
-def _numbers(z: Tensor, target: Tensor, options: Options, first: int, of_rows: Tensor, *launch: int) -> tuple:
+def _numbers(
+    z: Tensor, target: Tensor, options: Options, first: int, of_rows: Tensor, *launch: int
+) -> tuple[Any, ...]:  # fmt: skip
     """The kernels' arguments that are numbers, in order; ``launch`` is backward's own."""
     rows, num_classes = z.shape
     pieces, aligned_classes = z.stride(0) * z.itemsize // PIECE, num_classes // alignment(num_classes)
@@ -350,11 +352,12 @@ def _numbers(z: Tensor, target: Tensor, options: Options, first: int, of_rows: T
     )  # fmt: skip
 
 
-def _pointers(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _pointers(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     """The first tensor stands in for those that are not there, and is not read in their place."""
-    return tuple([tensors[0] if t is None else t for t in tensors])
+    return first, *[first if t is None else t for t in others]
 
 
+@operator("of_rows")
 def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: int, of_rows: Tensor) -> None:
     """What ``ROW`` lists, of some rows.
 
@@ -374,6 +377,7 @@ def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: 
     launch(cross_entropy_forward, cdiv(rows, flags["BM"]), z.device, pointers, numbers, flags)
 
 
+@operator("loss", "total", "stats")
 def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Tensor, stats: Tensor) -> None:
     """Adds up what forward left of every row; asserts on the device that no class index was out of range.
 
@@ -389,11 +393,12 @@ def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Te
     launch(cross_entropy_finish, 1, of_rows.device, (of_rows, loss, total, stats), (of_rows.shape[1],), flags)
 
 
+@operator("dz", "sums")
 def backward(
     grad: Tensor, z: Tensor, target: Tensor, of_rows: Tensor, options: Options, *, total: Tensor | None, first: int,
     dz: Tensor, sums: Tensor | None,
 ) -> None:  # fmt: skip
-    """The gradient of z, and partial sums of that of the logits.
+    """The gradient of z, and the sums over rows of that of the logits.
 
     Args:
         grad: one element, the gradient of the loss, or (M,), those of the rows' losses; contiguous.
@@ -401,19 +406,24 @@ def backward(
         of_rows: (6, M), as forward left it.
         total: one fp32 element that ``grad`` is divided by; None is 1.
         dz: (R, K) to write to, with z's strides; may be z.
-        sums: (P, K) fp32 to write to, any row stride, or None; ``sums_parts`` says what P should be.
+        sums: (K,) fp32 to write to, or None.
     """
     rows, num_classes = z.shape
     flags = _flags(num_classes, target, options)
     flags.update(MEAN=total is not None, SUMS=sums is not None, maxnreg=REGISTERS)
     tiles = cdiv(num_classes, flags["BC"])
-    parts = cdiv(rows, flags["BM"]) if sums is None else sums.shape[0]
+    parts, partials = cdiv(rows, flags["BM"]), None
+    if sums is not None:
+        parts = sums_parts(rows, num_classes, z.device)
+        partials = torch.empty(parts, num_classes, dtype=torch.float32, device=z.device)
     pointers = _pointers(
-        grad, total, z, target, options.weight, options.bias, options.logit_bias, of_rows, dz, sums
+        grad, total, z, target, options.weight, options.bias, options.logit_bias, of_rows, dz, partials
     )  # fmt: skip
-    row_strides = 0 if sums is None else sums.stride(0), int(grad.numel() > 1)
+    row_strides = 0 if partials is None else num_classes, int(grad.numel() > 1)
     numbers = _numbers(z, target, options, first, of_rows, tiles, *row_strides)
     launch(cross_entropy_backward, parts * tiles, z.device, pointers, numbers, flags)
+    if partials is not None:
+        torch.sum(partials, 0, out=sums)
 
 
 def sums_parts(rows: int, num_classes: int, device: torch.device) -> int:

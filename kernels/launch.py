@@ -1,4 +1,9 @@
-"""What every launcher shares: the launch itself, and the arguments that dropout adds to a kernel."""
+"""What every launcher shares: the launch, its face for ``torch.compile``, and what dropout adds to a kernel."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -7,9 +12,24 @@ from triton.runtime import JITFunction
 
 from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES
 
+P = ParamSpec("P")
+
+
+class Drop(NamedTuple):
+    """What an elementwise kernel drops."""
+
+    seed: Tensor | None = None  #: int64, one element; None only if nothing is dropped
+    site: int = 0  #: ``fastbf.dropout.Site``
+    threshold: int = 0  #: of 65,536 equally likely values, how many mean "drop"
+
+
+#: Nothing.
+NO_DROP = Drop()
+
+
 # Compiled kernels and the values of their compile-time parameters, by all that Triton's own cache goes by. Finding one
 # here costs the host a fraction of what Triton's dispatcher takes, which looks at every argument anew.
-_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
 class BuildError(RuntimeError):
@@ -17,7 +37,8 @@ class BuildError(RuntimeError):
 
 
 def launch(
-    kernel, programs: int, device: torch.device, tensors: tuple, numbers: tuple, constants: dict[str, object]
+    kernel: Any, programs: int, device: torch.device, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...],
+    constants: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Runs ``programs`` programs of a kernel on ``device``.
 
@@ -72,3 +93,56 @@ def keep_scale(threshold: int) -> float:
 def seed_or(seed: Tensor | None, stand_in: Tensor) -> Tensor:
     """The seed, or a pointer that is never read where nothing is dropped."""
     return stand_in if seed is None else seed
+
+
+def _flat(name: str, kind: Any) -> dict[str, Any]:
+    """The parameters by which a schema says one of a launcher: a NamedTuple's are its fields."""
+    if not hasattr(kind, "_fields"):
+        return {name: kind}
+    return {f"{name}_{field}": kind.__annotations__[field] for field in kind._fields}
+
+
+def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Makes a launcher one operator of the graphs that ``torch.compile`` traces; an eager call runs it as it is.
+
+    The schema follows from the annotations. Nothing is returned, so that a compiler need not be told any shapes.
+
+    Args:
+        writes: the parameters, tensors all, that the launcher writes to.
+    """
+
+    def register(launcher: Callable[P, None]) -> Callable[P, None]:
+        parameters = inspect.signature(launcher).parameters
+        kinds = {name: p.annotation for name, p in parameters.items()}
+        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        flat = {name: _flat(name, kind) for name, kind in kinds.items()}
+
+        def run(*values: Any) -> None:
+            rest = iter(values)
+            given = {name: [next(rest) for _ in names] for name, names in flat.items()}
+            launcher(**{n: kinds[n](*v) if n not in flat[n] else v[0] for n, v in given.items()})  # type: ignore
+
+        either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        of_schema = {name: kind for names in flat.values() for name, kind in names.items()}
+        run.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, either, annotation=kind) for name, kind in of_schema.items()],
+            return_annotation=None,
+        )
+        name = f"{launcher.__module__.rpartition('.')[2]}_{launcher.__name__}"
+        torch.library.define(f"fastbf::{name}", torch.library.infer_schema(run, mutates_args=writes))
+        torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(run)
+        torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
+        registered = getattr(torch.ops.fastbf, name).default
+
+        @wraps(launcher)
+        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+            if not torch.compiler.is_compiling():
+                launcher(*args, **kwargs)
+                return
+            given = {**defaults, **dict(zip(kinds, args, strict=False)), **kwargs}
+            groups = ([given[name]] if name in names else given[name] for name, names in flat.items())
+            registered(*(value for group in groups for value in group))
+
+        return call
+
+    return register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ def device_limits(device: torch.device) -> Limits:
     """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
     if device.type != "cuda":
         return Limits(227 * KIB, 132, (9, 0), 80 * KIB**3)
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks a field
     capability = (properties.major, properties.minor)
     return Limits(
         properties.shared_memory_per_block_optin, properties.multi_processor_count, capability, properties.total_memory

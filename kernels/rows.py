@@ -24,7 +24,8 @@ class Rows(NamedTuple):
     first: int = 0  #: where the samples begin in the batch that dropout knows
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
+        """R."""
         return self.samples * self.positions
 
     @property
@@ -35,7 +36,7 @@ class Rows(NamedTuple):
     @property
     def fork(self) -> tuple[int, int]:
         """What leads from row i, with outer index a, to a fork's (2N, L, C): i + a · first, + second if it is mixed."""
-        return (self.samples, self.samples) if self.position_major else (0, self.count)
+        return (self.samples, self.samples) if self.position_major else (0, self.total)
 
 
 class Tile(NamedTuple):

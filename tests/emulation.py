@@ -85,7 +85,15 @@ def attention_schedule(streaming: bool) -> Iterator[None]:
 
 def attention_launchers() -> tuple[Callable, Callable]:
     """forward and backward as ranks call them, with ``origin``."""
-    return attention.forward, attention.backward
+
+    def forward(q, k, v, seed, *, scale, threshold, o, lse, origin=(0, 0, 0)):
+        attention.forward(q, k, v, attention.Options(scale, seed, threshold, *origin), o=o, lse=lse)
+
+    def backward(do, q, k, v, o, lse, seed, dq, dk, dv, *, scale, threshold, needs=(True,) * 3, origin=(0, 0, 0)):
+        options, grads = attention.Options(scale, seed, threshold, *origin), attention.Gradients(dq, dk, dv)
+        attention.backward(do, attention.Inputs(q, k, v, o, lse), options, grads, needs)
+
+    return forward, backward
 
 
 def attention_table() -> dict[tuple[str, int, int], dict[int, tuple[Config, ...]]]:

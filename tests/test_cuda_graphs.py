@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 import fastbf
 from fastbf import cuda_graphs as graphs
+from fastbf.torch_state import flattened
 from tests.triton_case import DEVICE
 
 N, C, K = 8, 32, 5
@@ -23,7 +23,7 @@ def stand_in(function, sample_args, allow_unused_input=False):
     """What ``torch.cuda.make_graphed_callables`` gives: inputs, results and gradients at fixed places in memory."""
     assert allow_unused_input
     wanted = [x for x in sample_args if x.requires_grad]
-    results, structure = pytree.tree_flatten(function(*sample_args))
+    results, rebuild = flattened(function(*sample_args))
     places = [x.detach().clone() for x in results]
     gradient_places = [torch.empty_like(x) for x in wanted]
     live = []
@@ -35,7 +35,7 @@ def stand_in(function, sample_args, allow_unused_input=False):
                 if place.data_ptr() != x.data_ptr():
                     place.data.copy_(x)
             with torch.enable_grad():
-                live[:] = pytree.tree_leaves(function(*sample_args))
+                live[:], _ = flattened(function(*sample_args))
             for place, x in zip(places, live, strict=True):
                 place.copy_(x.detach())
             return tuple(place.detach() for place in places)
@@ -50,7 +50,7 @@ def stand_in(function, sample_args, allow_unused_input=False):
             given = iter(gradient_places)
             return tuple(next(given).detach() if x.requires_grad else None for x in sample_args)
 
-    return lambda *inputs: pytree.tree_unflatten(Replay.apply(*inputs), structure)
+    return lambda *inputs: rebuild(Replay.apply(*inputs))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Every block of MIGRATION.md runs, before and after are the same networks, checkpoints load, stripped nets deploy."""
+"""Every block of docs/migration.md runs; before and after are one network, checkpoints load, stripped nets deploy."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ def run(code):
         if re.search(rf"^(import|from) {package}\b", code, flags=re.MULTILINE):
             pytest.importorskip(package)
     names = {"__name__": "migration"}
-    exec(compile(code, "MIGRATION.md", "exec"), names)
+    exec(compile(code, "docs/migration.md", "exec"), names)
     return names
 
 

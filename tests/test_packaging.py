@@ -1,5 +1,11 @@
-"""sdist and wheel hold the package and nothing else, and the installed wheel passes the tests."""
+"""fastbf and its kernels can be imported however they are installed, or not installed; nothing else is installed.
 
+Nothing is fetched: builds are not isolated. The interpreter that imports sees PyTorch and Triton, but no fastbf other
+than the one under test.
+"""
+
+import email
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +17,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("bench", "docs", "examples", "fastbf", "kernels", "tests")
 pytestmark = pytest.mark.slow
+
+# A locale in which a text file that is read without an encoding fails at the first letter that is not ASCII.
+ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "gbk", "PYTHONUTF8": "0"}
+
+# Run with -S: packages that are editable in the environment of the tests are not found, one in the given folder is.
+SHOW = """
+import site, sys
+site.addsitedir(sys.argv[1])
+import importlib.util, json, fastbf, fastbf.kernels.launch
+print(json.dumps({
+    "fastbf": fastbf.__file__,
+    "launch": fastbf.kernels.launch.__file__,
+    "kernels": importlib.util.find_spec("kernels") is not None,
+}))
+"""
 
 
 def run(*args, **options):
@@ -19,36 +41,173 @@ def run(*args, **options):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
+def install(*what, site, cwd):
+    run("pip", "install", "--no-deps", "--no-build-isolation", "--target", site, *what, cwd=cwd, env=ASCII)
+
+
+def imported(folder, *, cwd):
+    """The files of fastbf and its kernels with ``folder`` on the path, and whether there is a top-level ``kernels``."""
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *packages])}
+    command = [sys.executable, "-S", "-c", SHOW, str(folder)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def assert_within(found, folder):
+    for name in ("fastbf", "launch"):
+        assert Path(found[name]).resolve().is_relative_to(Path(folder).resolve()), found[name]
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def clone(tmp_path_factory):
+    """The checkout as git lays it: links are links, and nothing is built yet. Changes not yet committed are in it."""
+    clone = tmp_path_factory.mktemp("clone") / "clone"
+    clone.mkdir()
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, clone)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, clone / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return clone
+
+
+@pytest.fixture(scope="module")
+def built(clone, tmp_path_factory):
     """The wheel, built from the unpacked sdist, and the sdist."""
     out = tmp_path_factory.mktemp("dist")
-    run("build", "--outdir", out, ROOT, cwd=out)
+    source = out / "source"
+    shutil.copytree(clone, source, symlinks=True)
+    run("build", "--no-isolation", "--outdir", out, source, cwd=out, env=ASCII)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def wheel_site(built, tmp_path_factory):
+    site = tmp_path_factory.mktemp("wheel")
+    install(built[0], site=site, cwd=site)
+    return site
+
+
+@pytest.fixture(scope="module")
+def unpacked(built, tmp_path_factory):
+    """The folder of the unpacked sdist."""
+    out = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(out, filter="data")
+    (folder,) = out.iterdir()
+    return folder
+
+
+def test_git_stores_the_link():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout of git")
+    stored = subprocess.check_output(["git", "ls-files", "--stage", "fastbf/kernels"], cwd=ROOT, text=True)
+    assert stored.startswith("120000")
+    assert subprocess.check_output(["git", "cat-file", "-p", stored.split()[1]], cwd=ROOT, text=True) == "../kernels"
 
 
 def test_wheel_installs_one_top_level_package(built):
     names = zipfile.ZipFile(built[0]).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastbf"}
-    assert "fastbf/kernels/__init__.py" in names
-    assert "fastbf/py.typed" in names
 
 
-def test_sdist_can_be_tested(built):
-    with tarfile.open(built[1]) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"kernels/__init__.py", "fastbf/modules.py", "tests/modules/test_layer.py", "Makefile", "README.md"} <= names
+def test_wheel_holds_every_module_once(built):
+    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "fastbf").rglob("*.py") if "kernels" not in file.parts}
+    expected |= {f"fastbf/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    names = [name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info" not in name]
+    assert sorted(names) == sorted(expected | {"fastbf/py.typed"})
 
 
-def test_installed_wheel_passes_the_tests(built, tmp_path):
-    site, copy = tmp_path / "site", tmp_path / "copy"
-    run("pip", "install", "--no-deps", "--target", site, built[0])
-    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+def test_metadata(built):
+    wheel = zipfile.ZipFile(built[0])
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(wheel.read(name))
+    version = (ROOT / "fastbf" / "version.py").read_text(encoding="utf-8").split('"')[1]
+    assert metadata["Version"] == version
+    assert metadata["License-Expression"] == "MIT"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata.get_payload(decode=True).decode("utf-8").strip() == readme.strip()
+    assert not readme.isascii()
+
+
+def test_sdist_can_be_tested(unpacked):
+    for name in ("kernels/__init__.py", "fastbf/py.typed", "tests/modules/test_layer.py", "Makefile", "README.md"):
+        assert (unpacked / name).is_file()
+    link = unpacked / "fastbf" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+
+
+def test_import_from_wheel(wheel_site, tmp_path):
+    found = imported(wheel_site, cwd=tmp_path)
+    assert_within(found, wheel_site)
+    assert not found["kernels"]
+
+
+def test_import_from_installed_sdist(built, tmp_path):
+    install(built[1], site=tmp_path / "site", cwd=tmp_path)
+    found = imported(tmp_path / "site", cwd=tmp_path)
+    assert_within(found, tmp_path / "site")
+    assert not found["kernels"]
+
+
+def test_import_from_unpacked_sdist(unpacked, tmp_path):
+    assert_within(imported(unpacked, cwd=tmp_path), unpacked)
+
+
+def test_import_from_editable_install(clone, tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(clone, source, symlinks=True)
+    install("--editable", source, site=site, cwd=tmp_path)
+    found = imported(site, cwd=tmp_path)
+    assert_within(found, source)
+    assert not found["kernels"]
+
+
+def test_import_from_clone_where_nothing_is_installed(clone, tmp_path):
+    assert_within(imported(clone, cwd=tmp_path), clone)
+
+
+def test_import_inside_the_clone_after_an_install(clone, tmp_path):
+    """There ``./fastbf`` comes before the installed one."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(clone, source, symlinks=True)
+    install(".", site=site, cwd=source)
+    assert_within(imported(site, cwd=source), source)
+    assert_within(imported(site, cwd=tmp_path), site)
+
+
+def test_import_from_copied_clone(clone, tmp_path):
+    shutil.copytree(clone, tmp_path / "copy")  # links are followed
+    assert_within(imported(tmp_path / "copy", cwd=tmp_path), tmp_path / "copy")
+
+
+def test_import_from_copied_package(clone, tmp_path):
+    shutil.copytree(clone / "fastbf", tmp_path / "copy" / "fastbf")  # links are followed
+    assert_within(imported(tmp_path / "copy", cwd=tmp_path), tmp_path / "copy")
+
+
+def test_install_where_git_makes_no_links(clone, tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(clone, source, symlinks=True)
+    (source / "fastbf" / "kernels").unlink()
+    (source / "fastbf" / "kernels").write_text("../kernels", encoding="utf-8")
+    install(source, site=site, cwd=tmp_path)
+    found = imported(site, cwd=tmp_path)
+    assert_within(found, site)
+    assert not found["kernels"]
+
+
+def test_installed_wheel_passes_the_tests(wheel_site, tmp_path):
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(wheel_site)}
     where = subprocess.check_output(
-        [sys.executable, "-c", "import fastbf; print(fastbf.__file__)"], cwd=copy, env=environment, text=True
+        [sys.executable, "-c", "import fastbf; print(fastbf.__file__)"], cwd=tmp_path, env=environment, text=True
     )
-    assert where.startswith(str(site))
-    files = ("attention", "backend", "batchformer", "classifier", "errors", "layer", "paper", "surgery")
-    run("pytest", "-q", *(f"tests/test_{name}.py" for name in files), cwd=copy, env=environment)
+    assert where.startswith(str(wheel_site))
+    files = ("backend", "errors", "paper", "surgery")
+    tests = [*(f"tests/test_{name}.py" for name in files), "tests/modules/test_batchformer.py"]
+    run("pytest", "-q", *tests, cwd=tmp_path, env=environment)

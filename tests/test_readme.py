@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its commands exist."""
+"""The code of the README and of docs/distributed.md runs as it stands, and the README's commands exist."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"### (.+?)\n.*?```python\n(.+?)```", README, flags=re.DOTALL)
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
-def test_there_are_five_examples():
-    assert len(EXAMPLES) >= 5
+def examples(page: str) -> list[tuple[str, str]]:
+    """(the heading that it stands under, its code) of every block of Python."""
+    found, title = [], ""
+    for heading, code in re.findall(r"^#+ ([^\n]+)$|^```python\n(.+?)^```", page, flags=re.DOTALL | re.MULTILINE):
+        title = heading or title
+        if code:
+            found.append((title, code))
+    return found
+
+
+EXAMPLES = examples(README) + examples(DISTRIBUTED)
+
+
+def test_every_example_is_found():
+    assert len(EXAMPLES) == (README + DISTRIBUTED).count("```python") >= 8
+    assert all(title for title, _ in EXAMPLES)
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
@@ -21,5 +35,6 @@ def test_example(title, code):
 
 def test_commands_are_make_targets():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    for command in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
-        assert command in targets
+    commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert set(commands) <= set(targets)

@@ -7,6 +7,7 @@ rank without samples has tensors of one row that stands in for none, and sends n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,17 @@ GATHER_BYTES = 256 << 20
 #: Chunks begin at multiples of this many samples, which dropout's decisions go by (``kernels/rng.py``).
 ALIGNMENT = 128
 
+Place = TypeVar("Place")
+
 
 class Pending:
-    """A tensor that others are still writing."""
+    """A tensor that a collective is still writing."""
 
     def __init__(self, result: Tensor, works: list[dist.Work], *held: Tensor) -> None:
-        self.result, self.works, self.held = result, works, held
+        """held: tensors that the collective reads."""
+        self.result: Tensor = result
+        self.works: list[dist.Work] = works
+        self.held: tuple[Tensor, ...] = held
 
     def wait(self) -> Tensor:
         """The tensor; on a GPU the current stream waits, not the host."""
@@ -48,8 +54,8 @@ def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
     """
     group, own = peers(batch.group).group, x[: batch.own]
     if _even(batch):
-        return Pending(out, [all_gather(out, own, group=group, async_op=True)], own)
-    parts = out.split(list(batch.sizes))
+        return Pending(out, [all_gather(out, own, group)], own)
+    parts = torch.split(out, list(batch.sizes))
     parts[batch.rank].copy_(own)
     return Pending(out, [_broadcast(part, rank, group) for rank, part in enumerate(parts) if len(part)])
 
@@ -59,8 +65,8 @@ def scatter_sum(x: Tensor, batch: Batch) -> Pending:
     group = peers(batch.group).group
     if _even(batch):
         out = torch.empty((batch.own, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        return Pending(out, [reduce_scatter(out, x, group=group, async_op=True)], x)
-    parts = x.split(list(batch.sizes))
+        return Pending(out, [reduce_scatter(out, x, group)], x)
+    parts = torch.split(x, list(batch.sizes))
     works = [_reduce(part, rank, group) for rank, part in enumerate(parts) if len(part)]
     return Pending(parts[batch.rank], works, x)
 
@@ -70,15 +76,29 @@ def _even(batch: Batch) -> bool:
 
 
 def _broadcast(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
-    return dist.broadcast(x, group=group, group_src=rank, async_op=True)
+    work: dist.Work = dist.broadcast(x, group=group, group_src=rank, async_op=True)
+    return work
 
 
 def _reduce(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
-    return dist.reduce(x, group=group, group_dst=rank, async_op=True)
+    work: dist.Work = dist.reduce(x, group=group, group_dst=rank, async_op=True)
+    return work
+
+
+def one_ahead(coming: Iterator[tuple[Place, Pending]]) -> Iterator[tuple[Place, Tensor]]:
+    """Waits for each tensor after the next one was begun; there are never more than two."""
+    ready = next(coming, None)
+    while ready is not None:
+        place, pending = ready
+        ready = next(coming, None)
+        tensor = pending.wait()
+        del pending
+        yield place, tensor
+        del tensor
 
 
 def by_positions(batch: Batch) -> bool:
-    """Whether all samples come at some positions at a time, not some samples: where no rank has a chunk of them."""
+    """Whether parts hold all samples at some positions, not some samples: where no rank has a chunk of them."""
     return max(batch.sizes) < ALIGNMENT
 
 
@@ -87,26 +107,14 @@ def blocks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
 
     A block is about as large as x, l = L / W for W ranks. The next one is under way while one is used.
     """
-    parts = x.split(-(-x.shape[1] // len(batch.sizes)), dim=1)
+    parts = torch.split(x, -(-x.shape[1] // len(batch.sizes)), dim=1)
     starts = range(0, x.shape[1], parts[0].shape[1])
 
     def begun(part: Tensor) -> Pending:
         out = torch.empty((batch.total, *part.shape[1:]), dtype=x.dtype, device=x.device)
         return gather(part.contiguous(), out, batch)
 
-    yield from _ahead((start, begun(part)) for start, part in zip(starts, parts, strict=True))
-
-
-def _ahead(coming: Iterator[tuple[int, Pending]]) -> Iterator[tuple[int, Tensor]]:
-    """Each is there when it is given out, and the next is on its way; there are never more than two."""
-    ready = next(coming, None)
-    while ready is not None:
-        start, pending = ready
-        ready = next(coming, None)
-        tensor = pending.wait()
-        del pending
-        yield start, tensor
-        del tensor
+    yield from one_ahead((start, begun(part)) for start, part in zip(starts, parts, strict=True))
 
 
 def chunk_rows(batch: Batch) -> int:
@@ -120,50 +128,37 @@ def chunks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
     The next one is under way while one is used.
     """
     starts = range(0, batch.total, chunk_rows(batch))
-    yield from _ahead((start, _chunk(x, start, batch)) for start in starts)
+    yield from one_ahead((start, _chunk(x, start, batch)) for start in starts)
 
 
 def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:
     stop = min(start + chunk_rows(batch), batch.total)
     out = torch.empty((stop - start, *x.shape[1:]), dtype=x.dtype, device=x.device)
     works = []
-    for rank, begin, end in _owners(start, stop, batch):
-        part = out[begin - start : end - start]
+    for rank, part, samples in _owners(out, start, batch):
         if rank == batch.rank:
-            part.copy_(x[begin - batch.first : end - batch.first])
+            part.copy_(x[samples])
         works.append(_broadcast(part, rank, peers(batch.group).group))
     return Pending(out, works)
 
 
-def _owners(start: int, stop: int, batch: Batch) -> Iterator[tuple[int, int, int]]:
-    """(rank, begin, end) of every rank with samples among those from start to stop, in the whole batch's numbers."""
+def sum_chunk(x: Tensor, start: int, batch: Batch) -> Pending:
+    """x (m, …), of the chunk that begins at ``start``, with each rank's samples in it summed over ranks there."""
+    return Pending(x, [_reduce(part, rank, peers(batch.group).group) for rank, part, _ in _owners(x, start, batch)])
+
+
+def take_from_chunk(x: Tensor, start: int, out: Tensor, batch: Batch) -> None:
+    """Copies this rank's samples in the chunk x that begins at ``start`` to their places in ``out`` (n, …)."""
+    for rank, part, samples in _owners(x, start, batch):
+        if rank == batch.rank:
+            out[samples].copy_(part)
+
+
+def _owners(x: Tensor, start: int, batch: Batch) -> Iterator[tuple[int, Tensor, slice]]:
+    """(rank, its part of x, where that lies in its own samples) of every rank with samples in the chunk x."""
     first = 0
     for rank, size in enumerate(batch.sizes):
-        begin, end = max(start, first), min(stop, first + size)
+        begin, end = max(start, first), min(start + len(x), first + size)
         if begin < end:
-            yield rank, begin, end
+            yield rank, x[begin - start : end - start], slice(begin - first, end - first)
         first += size
-
-
-class Returned:
-    """Gradients that go back to their ranks a chunk at a time; one is under way while the next is computed."""
-
-    def __init__(self, out: Tensor, batch: Batch) -> None:
-        """out: (n, …) to write the sums over ranks to."""
-        self.out, self.batch, self.pending = out, batch, []
-
-    def send(self, x: Tensor, start: int) -> None:
-        """x (m, …): this rank's share of the gradient of the chunk that begins at ``start``; may be overwritten."""
-        self.wait()
-        batch = self.batch
-        for rank, begin, end in _owners(start, start + len(x), batch):
-            part = x[begin - start : end - start]
-            own = self.out[begin - batch.first : end - batch.first] if rank == batch.rank else None
-            self.pending.append((Pending(part, [_reduce(part, rank, peers(batch.group).group)]), own))
-
-    def wait(self) -> None:
-        for pending, own in self.pending:
-            part = pending.wait()
-            if own is not None:
-                own.copy_(part)
-        self.pending = []

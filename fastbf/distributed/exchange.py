@@ -8,19 +8,21 @@ keys and two such parts are all there is in memory, in backward with as many gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from fastbf.distributed.collectives import Pending, Returned, blocks, by_positions, chunks, scatter_sum
+from fastbf.distributed import collectives
+from fastbf.distributed.collectives import Pending
 from fastbf.distributed.process_groups import Batch
 from fastbf.precision import compute_dtype
 
 
 def split_kv(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values side by side in (N, L, 2C): two (N, L, H, D) views."""
-    return kv.unflatten(-1, (2, num_heads, -1)).unbind(-3)
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(-3)
+    return k, v
 
 
 def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, batch: Batch) -> None:
@@ -36,17 +38,18 @@ def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Te
         batch: where this rank's samples stand.
     """
     heads = q.shape[-2]
-    if by_positions(batch):
-        for start, block in blocks(kv, batch):
+    if lse is None or collectives.by_positions(batch):
+        for start, block in collectives.blocks(kv, batch):
             part(q, *split_kv(block, heads), o=o, lse=lse, origin=(start * heads, batch.first, 0))
-            del block  # the next but one is on its way when this is asked for again
+            del block  # before the block after the next is asked for
         return
     total = None
-    for first, chunk in chunks(kv, batch):
+    for first, chunk in collectives.chunks(kv, batch):
         some = torch.empty(q.shape, dtype=lse.dtype, device=q.device), torch.empty_like(lse)
         part(q, *split_kv(chunk, heads), o=some[0], lse=some[1], origin=(0, batch.first, first))
         del chunk
         total = some if total is None else _merged(*total, *some)
+    assert total is not None  # a batch has samples
     o.copy_(total[0])
     lse.copy_(total[1])
 
@@ -55,7 +58,7 @@ def _merged(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple
     both = torch.logaddexp2(lse, other_lse)
 
     def share(part: Tensor) -> Tensor:  # (L · H, N) → (N, L, H, 1)
-        return torch.exp2(part - both).T.unflatten(-1, o.shape[1:3])[..., None]
+        return torch.exp2(part - both).T.view(*o.shape[:3], 1)
 
     return o.mul_(share(lse)).addcmul_(other_o, share(other_lse)), both
 
@@ -75,36 +78,45 @@ def backward(
         d_kv: (N, L, 2C).
     """
     heads, dtype = q.shape[-2], compute_dtype(q.dtype)
-    if by_positions(batch):
-        pending: tuple[Tensor, Pending] | None = None
-        for start, block in blocks(kv, batch):
-            d_block = torch.empty(block.shape, dtype=dtype, device=q.device)
-            (k, v), (dk, dv) = split_kv(block, heads), split_kv(d_block, heads)
-            part(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, origin=(start * heads, batch.first, 0))
-            del block, k, v
-            if pending is not None:
-                take_own(pending[1].wait(), pending[0])
-            pending = d_kv[:, start : start + d_block.shape[1]], scatter_sum(d_block, batch)
-        take_own(pending[1].wait(), pending[0])
+
+    def gradient(kv_part: Tensor, dq: Tensor, position: int, key: int) -> Tensor:
+        """Writes dq, and returns the gradient of keys and values that begin at a position and a key."""
+        d_part = torch.empty(kv_part.shape, dtype=dtype, device=q.device)
+        (k, v), (dk, dv) = split_kv(kv_part, heads), split_kv(d_part, heads)
+        part(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, origin=(position * heads, batch.first, key))
+        return d_part
+
+    def of_blocks() -> Iterator[tuple[Tensor, Pending]]:
+        for start, block in collectives.blocks(kv, batch):
+            stop = start + block.shape[1]
+            d_block = gradient(block, dq, start, 0)
+            del block
+            yield d_kv[:, start:stop], collectives.scatter_sum(d_block, batch)
+
+    def of_chunks() -> Iterator[tuple[int, Pending]]:
+        for first, chunk in collectives.chunks(kv, batch):
+            dq_part = torch.empty(q.shape, dtype=dtype, device=q.device)
+            d_chunk = gradient(chunk, dq_part, 0, first)
+            del chunk
+            total.add_(dq_part)
+            yield first, collectives.sum_chunk(d_chunk, first, batch)
+
+    if collectives.by_positions(batch):
+        for out, summed in collectives.one_ahead(of_blocks()):
+            take_own(summed, out)
+            del summed  # before the gradient after the next is computed
         return
     total = torch.zeros(q.shape, dtype=dtype, device=q.device)
     if batch.own == 0:
         d_kv.zero_()
-    returned = Returned(d_kv, batch)
-    for first, chunk in chunks(kv, batch):
-        dq_part = torch.empty(q.shape, dtype=dtype, device=q.device)
-        d_chunk = torch.empty(chunk.shape, dtype=dtype, device=q.device)
-        (k, v), (dk, dv) = split_kv(chunk, heads), split_kv(d_chunk, heads)
-        part(do, q, k, v, o, lse, dq=dq_part, dk=dk, dv=dv, origin=(0, batch.first, first))
-        del chunk, k, v
-        total += dq_part
-        returned.send(d_chunk, first)
+    for first, d_chunk in collectives.one_ahead(of_chunks()):
+        collectives.take_from_chunk(d_chunk, first, d_kv, batch)
+        del d_chunk
     dq.copy_(total)
-    returned.wait()
 
 
 def take_own(received: Tensor, out: Tensor) -> None:
-    """Copies what came back to this rank; nothing did to a rank whose one row stands in for none."""
+    """Copies what a rank received. A rank without samples receives nothing: the one row of its ``out`` becomes zero."""
     if len(received):
         out.copy_(received)
     else:

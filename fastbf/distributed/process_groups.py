@@ -1,10 +1,10 @@
 """Which ranks share a batch, and how they agree on it before any of them sends a sample.
 
 A process group is known by its ``group_name``, a string: modules that hold one can be copied and pickled, and an
-operator can take it. Every call of an op across ranks begins with a *meeting*: each rank tells the others how many
-samples it has and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of
-different sizes are known as such, and calls that do not fit each other end in the same error on every rank, before
-tensors are sent.
+operator can take it. Every call of an op across ranks begins with a *meeting*: each rank sends all others its number of
+samples and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of different
+sizes are known as such, and calls that do not fit each other end in the same error on every rank, before tensors are
+sent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastbf import torch_state
 from fastbf.torch_state import traced_as_constant
 
 
@@ -23,7 +24,7 @@ class Peers(NamedTuple):
     """The ranks of a process group, as one of them sees it."""
 
     group: dist.ProcessGroup  #: carries tensors
-    hosts: dist.ProcessGroup  #: the same ranks: carries what hosts tell each other
+    hosts: dist.ProcessGroup  #: the same ranks; carries the messages of meetings
     size: int
 
 
@@ -55,12 +56,9 @@ class Batch(NamedTuple):
 #: A :class:`Batch` in the schema of an operator.
 BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met"
 
-_KINDS = {
-    "call": ("gather", "encoder_layer"),
-    "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
-    "backward": (False, True),
-    "backend": ("torch", "triton"),
-}
+_CALLS = ("gather", "encoder_layer")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BACKENDS = ("torch", "triton")
 _MAX_DIMENSIONS = 8
 
 
@@ -76,29 +74,30 @@ class Facts(NamedTuple):
     shape: Sequence[int]  #: of a sample
 
     def numbers(self) -> list[int]:
-        """As integers.
+        """As integers, as many for every call.
 
         Raises:
             TypeError: a dtype that is none of fp16, bf16, fp32 and fp64.
             ValueError: more than eight dimensions.
         """
-        if self.dtype not in _KINDS["dtype"]:
-            raise TypeError(f"ranks exchange {', '.join(map(str, _KINDS['dtype']))}, got {self.dtype}")
+        if self.dtype not in _DTYPES:
+            raise TypeError(f"ranks exchange {', '.join(map(str, _DTYPES))}, got {self.dtype}")
         dimensions = len(self.shape)
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"across ranks a sample must have {_MAX_DIMENSIONS} dimensions at most, got {dimensions}")
-        kinds = [kinds.index(getattr(self, name)) for name, kinds in _KINDS.items()]
-        return [*kinds, self.num_heads, self.dropout, dimensions, *self.shape, *[0] * (_MAX_DIMENSIONS - dimensions)]
+        kinds = _CALLS.index(self.call), _DTYPES.index(self.dtype), int(self.backward), _BACKENDS.index(self.backend)
+        rest = self.num_heads, self.dropout, dimensions, *self.shape
+        return [*kinds, *rest, *[0] * (_MAX_DIMENSIONS - dimensions)]
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Facts:
         """From :meth:`numbers`."""
-        kinds = [kinds[number] for kinds, number in zip(_KINDS.values(), numbers, strict=False)]
-        num_heads, dropout, dimensions, *shape = numbers[len(kinds) :]
+        call, dtype, backward, backend, num_heads, dropout, dimensions, *shape = numbers
+        kinds = _CALLS[call], _DTYPES[dtype], bool(backward), _BACKENDS[backend]
         return cls(*kinds, num_heads, dropout, tuple(shape[:dimensions]))
 
 
-def name_of(process_group: dist.ProcessGroup | str | None) -> str | None:
+def name_of(process_group: object) -> str | None:
     """The name of a process group; a name and None are given back.
 
     Raises:
@@ -115,15 +114,17 @@ def name_of(process_group: dist.ProcessGroup | str | None) -> str | None:
 
 
 def group_of(name: str | None) -> dist.ProcessGroup | None:
-    """The group of a name.
+    """The group of a name; None is given back.
 
     Raises:
         ValueError: this process has none of that name: the layer that holds it comes from elsewhere.
     """
-    if name is None:
-        return None
+    return None if name is None else _group(name)
+
+
+def _group(name: str) -> dist.ProcessGroup:
     try:
-        return dist.distributed_c10d._resolve_process_group(name)
+        return torch_state.process_group(name)
     except (RuntimeError, ValueError):
         raise ValueError(
             f"this process has no process_group named {name!r}: give the layer one, layer.process_group = group"
@@ -133,7 +134,7 @@ def group_of(name: str | None) -> dist.ProcessGroup | None:
 @traced_as_constant
 def rank_and_size(name: str) -> tuple[int, int]:
     """This process's place in a group, and how many there are."""
-    group = group_of(name)
+    group = _group(name)
     return dist.get_rank(group), dist.get_world_size(group)
 
 
@@ -144,9 +145,9 @@ def peers(name: str) -> Peers:
     """The ranks of a group.
 
     Raises:
-        ValueError: hosts cannot tell each other anything by the group's backend, nor by another one made for that.
+        ValueError: neither the group nor another one made for that carries messages between hosts.
     """
-    group, found = group_of(name), _peers.get(name)
+    group, found = _group(name), _peers.get(name)
     if found is None or found.group is not group:  # names are given anew after destroy_process_group
         found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group))
     return found
@@ -156,8 +157,9 @@ def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The ranks of a group as one that carries CPU tensors."""
     if "cpu:" in dist.get_backend_config(group):
         return group
-    if group is dist.group.WORLD:
-        return dist.new_group(backend="gloo")  # every process calls, at its first meeting
+    if group is dist.group.WORLD:  # every process calls, at its first meeting
+        hosts: dist.ProcessGroup = dist.new_group(backend="gloo")
+        return hosts
     raise ValueError(
         "process_group must carry CPU tensors as well, by which hosts tell each other the sizes of their batches: "
         'init_process_group("cpu:gloo,cuda:nccl"), or without a backend, makes all later groups such'
@@ -165,7 +167,7 @@ def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def meet(name: str, samples: int, facts: Facts) -> Batch:
-    """Tells the other ranks of this one's samples, and hears of theirs.
+    """Holds the meeting of a call: every rank learns how many samples each of the others has.
 
     Under a compiler all ranks are taken to have as many: the operator that gets the batch holds the meeting then, by
     :func:`confirm`.
@@ -182,7 +184,7 @@ def meet(name: str, samples: int, facts: Facts) -> Batch:
     (rank, size), numbers = rank_and_size(name), facts.numbers()
     if torch.compiler.is_compiling():
         return Batch(name, rank, [samples] * size, numbers, met=False)
-    return Batch(name, rank, _told(name, samples, numbers), numbers, met=True)
+    return Batch(name, rank, _exchange(name, samples, numbers), numbers, met=True)
 
 
 def confirm(batch: Batch) -> None:
@@ -193,21 +195,22 @@ def confirm(batch: Batch) -> None:
     """
     if batch.met:
         return
-    sizes = _told(batch.group, batch.own, batch.facts)
+    sizes = _exchange(batch.group, batch.own, batch.facts)
     if len(set(sizes)) > 1:
         raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
 
 
-def _told(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
+def _exchange(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
+    """Sends this rank's samples and facts to all ranks, compares the facts, and returns every rank's samples."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
     _, hosts, size = peers(name)
-    told = torch.tensor([samples, *numbers], dtype=torch.int64)
-    heard = torch.empty(size * len(told), dtype=torch.int64)
-    all_gather(heard, told, group=hosts)
-    said = heard.view(size, -1).tolist()
-    sizes = [numbers[0] for numbers in said]
-    for fact, *values in zip(Facts._fields, *[Facts.of(numbers[1:]) for numbers in said], strict=True):
+    own = torch.tensor([samples, *numbers], dtype=torch.int64)
+    messages = torch.empty(size * len(own), dtype=torch.int64)
+    all_gather(messages, own, hosts).wait()
+    of_ranks = messages.view(size, -1).tolist()
+    sizes = [message[0] for message in of_ranks]
+    for fact, *values in zip(Facts._fields, *[Facts.of(message[1:]) for message in of_ranks], strict=True):
         if len(set(values)) > 1:
             raise ValueError(
                 f"all ranks of process_group must make the same call, got {fact} {values} on ranks 0 to {size - 1} "
@@ -216,11 +219,15 @@ def _told(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
     return sizes
 
 
-def all_gather(out: Tensor, x: Tensor, **options: object) -> dist.Work | None:
-    """``torch.distributed``'s, under the name that the version has for it."""
-    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, **options)
+def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begins ``torch.distributed``'s, under the name that the version of torch has for it."""
+    begin = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    work: dist.Work = begin(out, x, group=group, async_op=True)
+    return work
 
 
-def reduce_scatter(out: Tensor, x: Tensor, **options: object) -> dist.Work | None:
-    """Likewise."""
-    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, **options)
+def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begins ``torch.distributed``'s sum, likewise."""
+    begin = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    work: dist.Work = begin(out, x, group=group, async_op=True)
+    return work

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastbf import checks
+from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Targets = TypeVarTuple("Targets")
 
 
 @contextmanager
@@ -67,6 +72,20 @@ class BatchFormer(nn.Module):
     """
 
     op = "encoder_layer"
+    dim: int
+    batch_dim: int
+    channel_dim: int
+    forked: bool
+    backend: str
+    layers: nn.ModuleList
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, features: Tensor) -> Tensor: ...
+        @overload
+        def __call__(self, features: Tensor, *targets: Unpack[Targets]) -> tuple[Tensor, Unpack[Targets]]: ...
+        def __call__(self, features: Tensor, *targets: Any) -> Any: ...  # type: ignore[misc]
 
     def __init__(
         self,
@@ -152,27 +171,21 @@ class BatchFormer(nn.Module):
             targets = tuple(_doubled(target, n) for target in targets)
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
-        fork = self._fork(features, dims)
-        if fork is None:
+        *others, last = self.layers.children()
+        x = _samples_first(features, dims)
+        if isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):
+            x = _flat(x)
+            if others:
+                plain, stream = x.chunk(2) if self.forked else (x, x)
+                fork = last.fork(self._run(stream, others), plain=plain)
+            else:
+                fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
+            fork = _unflat(fork, features, dims)
+        else:  # writing the fork as the features lie spares a copy
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
-            fork = torch.cat([plain, self._mix(stream, dims)], dim=batch_dim)
+            fork = reference.fork(plain, self._mix(stream, dims), dim=batch_dim)
         fork = layout.formatted(fork, features)
         return (fork, *targets) if targets else fork
-
-    def _fork(self, features: Tensor, dims: tuple[int, int]) -> Tensor | None:
-        """The fork, written as such by the last layer; None where that cannot write it as the features lie."""
-        *others, last = self.layers
-        x = _samples_first(features, dims)
-        dense = x.is_contiguous() or x.movedim(0, -2).is_contiguous()
-        if not dense or not isinstance(last, BatchFormerLayer) or not last.forks(x):
-            return None
-        x = _flat(x)
-        if others:
-            plain, stream = x.chunk(2) if self.forked else (x, x)
-            fork = last.fork(self._run(stream, others), plain=plain)
-        else:
-            fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
-        return _unflat(fork, features, dims)
 
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
@@ -192,7 +205,8 @@ class BatchFormer(nn.Module):
         positions = x.shape[1:-1]
         with _evaluating(self.layers):
             x = self._run(_flat(x), self.layers[:-1])
-        weights = self.layers[-1].attention_map(x)
+        last: Any = self.layers[-1]
+        weights = last.attention_map(x)
         return weights.view(*positions, *weights.shape[-3:])
 
     def extra_repr(self) -> str:

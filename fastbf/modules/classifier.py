@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastbf import checks, functional, reference
 from fastbf.backend import check_backend
+from fastbf.torch_state import has_forward_pre_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -42,6 +43,12 @@ class SharedClassifier(nn.Linear):
     """
 
     op = "linear_cross_entropy"
+    label_smoothing: float
+    ignore_index: int
+    scale: float
+    backend: str
+    log_prior: Tensor | None
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -59,10 +66,9 @@ class SharedClassifier(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        num_classes = checks.either("num_classes", num_classes, "out_features", out_features)
+        count = checks.positive("num_classes", checks.either("num_classes", num_classes, "out_features", out_features))
         checks.positive("in_features", in_features)
-        checks.positive("num_classes", num_classes)
-        super().__init__(in_features, num_classes, bias, device=device, dtype=dtype)
+        super().__init__(in_features, count, bias, device=device, dtype=dtype)
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
         self.scale, self.backend = checks.finite("scale", scale), check_backend(backend)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
@@ -80,11 +86,27 @@ class SharedClassifier(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return values.to(device=self.weight.device, dtype=dtype, copy=True)
 
-    def forward(self, features: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # nn.Linear's takes no name but ``input``
+        self, features: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
         """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K)."""
-        features = checks.either("features", features, "input", input)
-        self._check(features)
-        return reference.class_logits(super().forward(features), self.scale, None)
+        x = self._check(checks.either("features", features, "input", input))
+        return reference.class_logits(super().forward(x), self.scale, None)
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: Literal[True]
+    ) -> tuple[Tensor, functional.LossStats]: ...
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool
+    ) -> Tensor | tuple[Tensor, functional.LossStats]: ...
 
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
@@ -106,7 +128,7 @@ class SharedClassifier(nn.Linear):
             RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
                 run in ``forward`` only; those of ``torch.nn.utils.parametrizations`` work.
         """
-        if self._forward_pre_hooks:
+        if has_forward_pre_hooks(self):
             raise RuntimeError(
                 "SharedClassifier.loss runs no forward pre-hooks: use torch.nn.utils.parametrizations instead"
             )
@@ -132,8 +154,8 @@ class SharedClassifier(nn.Linear):
             backend=self.backend,
         )
 
-    def _check(self, features: Tensor) -> None:
-        checks.floating("features", features)
+    def _check(self, x: object) -> Tensor:
+        features = checks.floating("features", x)
         if not features.dim() or features.shape[-1] != self.in_features:
             raise ValueError(
                 f"features must have {self.in_features} channels in the last dimension, got shape "
@@ -143,3 +165,4 @@ class SharedClassifier(nn.Linear):
             raise ValueError(
                 f"features must be on the device of the weights, {self.weight.device}, got {features.device}"
             )
+        return features

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbf import checks, functional, reference
-from fastbf.backend import check_backend, choose
+from fastbf.backend import Choice, check_backend, choose
 from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import group_of, name_of
 from fastbf.modules import layout
+from fastbf.torch_state import is_altered
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -106,38 +107,43 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
         checks.floating("src", src)
         reason = "the call has an attention mask." if masked else self.parent_reason(src)
+        backend: str | Choice = self.backend
         if reason is None:
             self._check(src)
         elif self._group is not None:
             raise ValueError(f"a layer with a process_group cannot serve this call: {reason}")
         if self._group is None:
             head_dim = None if reason else self.self_attn.head_dim
-            choice = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
+            backend = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
             # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
-            if reason is not None or (choice.backend == "torch" and not self.training):
+            if reason is not None or (backend.backend == "torch" and not self.training):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
-        out = self._fused(src.transpose(0, 1) if along_batch else src)
+        x = src.transpose(0, 1) if along_batch else src
+        out = functional.encoder_layer(x, *self._weights(), **self._options(), backend=backend)
         out = out.transpose(0, 1) if along_batch else out
         # A norm ends the parent's layer, and gives what is contiguous, or a sum that begins with src.
         return layout.like(out, src) if self.norm_first else out.contiguous()
 
-    def forks(self, x: Tensor) -> bool:
-        """Whether :meth:`fork` does for x (N, …, C) what ``forward`` would do."""
-        if type(self).forward is not BatchFormerLayer.forward or _is_altered(self) or self.parent_reason(x) is not None:
-            return False
-        return x.shape[0] > 0
-
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
-        """The fork of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
-        return self._fused(x, plain=plain, forked=forked)
+        """Both streams of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
+        own = type(self).forward is BatchFormerLayer.forward and not is_altered(self)
+        if own and x.shape[0] and self.parent_reason(x) is None:
+            weights = self._weights()
+            if x.device != weights.in_proj_weight.device:
+                self._check(x)
+            options = self._options()
+            return functional.encoder_layer(x, *weights, **options, plain=plain, forked=forked, backend=self.backend)
+        if forked:
+            plain, x = x.chunk(2)
+        mixed = self(x)
+        return mixed if plain is None else reference.fork(plain, mixed)
 
     def parent_reason(self, src: Tensor | None = None) -> str | None:
         """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
-        inside, activation = self._modules, self.activation  # a tenth of what attributes cost the host
-        attention, dropout, norm1, norm2 = inside["self_attn"], inside["dropout"], inside["norm1"], inside["norm2"]
-        linear1, linear2 = inside["linear1"], inside["linear2"]
-        dropout1, dropout2 = inside["dropout1"], inside["dropout2"]
+        attention, activation = self.self_attn, self.activation
+        linear1, linear2, norm1, norm2 = self.linear1, self.linear2, self.norm1, self.norm2
+        dropout, dropout1, dropout2 = self.dropout, self.dropout1, self.dropout2
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
         if _activation_name(activation) is None:
@@ -148,13 +154,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         ):  # fmt: skip
             if type(m) is not kind:
                 return "a module inside the layer was replaced."
-            if _is_altered(m):
+            if is_altered(m):
                 return "a module inside the layer has hooks, or a forward of its own."
-        if _is_altered(attention._modules["out_proj"]) or (
-            isinstance(activation, nn.Module) and _is_altered(activation)
-        ):
+        if is_altered(attention.out_proj) or (isinstance(activation, nn.Module) and is_altered(activation)):
             return "a module inside the layer has hooks, or a forward of its own."
-        if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
+        if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
         if not (norm1.elementwise_affine and norm2.elementwise_affine):
             return "a norm of the layer has no weight."
@@ -178,38 +182,23 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             )
 
     def _weights(self) -> reference.LayerWeights:
-        inside = self._modules
-        attention = inside["self_attn"]
-        out_proj, linear1, linear2 = attention._modules["out_proj"], inside["linear1"], inside["linear2"]
-        norm1, norm2 = inside["norm1"], inside["norm2"]
-        try:  # registered parameters, at a fifth of what attributes cost the host
-            weights = [attention._parameters["in_proj_weight"], attention._parameters["in_proj_bias"]]
-            for m in (out_proj, linear1, linear2, norm1, norm2):
-                parameters = m._parameters
-                weights += parameters["weight"], parameters["bias"]
-        except KeyError:  # some are plain attributes (FSDP's flat parameters)
-            weights = [attention.in_proj_weight, attention.in_proj_bias]
-            for m in (out_proj, linear1, linear2, norm1, norm2):
-                weights += m.weight, m.bias
-        return reference.LayerWeights(*weights)
+        attention, linear1, linear2 = self.self_attn, self.linear1, self.linear2
+        out_proj, norm1, norm2 = attention.out_proj, self.norm1, self.norm2
+        return reference.LayerWeights(
+            attention.in_proj_weight, attention.in_proj_bias, out_proj.weight, out_proj.bias, linear1.weight,
+            linear1.bias, linear2.weight, linear2.bias, norm1.weight, norm1.bias, norm2.weight, norm2.bias,
+        )  # fmt: skip
 
-    def _fused(self, x: Tensor, **fork: Any) -> Tensor:
-        """The layer along the first dimension of x (N, …, C)."""
-        weights = self._weights()
-        if x.device != weights.in_proj_weight.device:
-            self._check(x)
-        return functional.encoder_layer(
-            x,
-            *weights,
-            num_heads=self.self_attn.num_heads,
-            activation=_activation_name(self.activation),
-            dropout_p=self.dropout.p if self.training else 0.0,
-            norm_first=self.norm_first,
-            eps=self.norm1.eps,
-            backend=self.backend,
-            process_group=self._group,
-            **fork,
-        )
+    def _options(self) -> dict[str, Any]:
+        """The arguments of ``functional.encoder_layer`` that are no tensors, but for the backend."""
+        return {
+            "num_heads": self.self_attn.num_heads,
+            "activation": _activation_name(self.activation),
+            "dropout_p": self.dropout.p if self.training else 0.0,
+            "norm_first": self.norm_first,
+            "eps": self.norm1.eps,
+            "process_group": self._group,
+        }
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Softmax weights along the first dimension of x (N, …, C), without dropout: (…, H, N, M), M of all ranks."""
@@ -219,9 +208,3 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         q, k, _ = reference.split_qkv(F.linear(x, w.in_proj_weight, w.in_proj_bias), self.self_attn.num_heads)
         k, _ = gathering.gather(k, self._group)
         return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
-
-
-def _is_altered(m: nn.Module) -> bool:
-    """Whether calling ``m`` would run more, or other, than the ``forward`` of its class."""
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in m.__dict__

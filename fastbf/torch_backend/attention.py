@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,9 @@ class Call(NamedTuple):
 
     def sign(self, weights: Tensor, words: Tensor | None, room: Tensor) -> Tensor:
         """Gives weights, in place, a minus where dropout drops them; ``room`` is memory of their shape."""
-        return weights if words is None else weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
+        if self.dropout is None or words is None:
+            return weights
+        return weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
 
     def weights(self, q: Tensor, k: Tensor, group: slice, row: slice, out: Tensor, room: Tensor) -> Tensor:
         """softmax(scale · q kᵀ) of a piece, with signs, in ``out``."""
@@ -127,7 +129,8 @@ def backward(
         _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
         dropped = torch.clamp_min(weights, 0, out=room)
         torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale, out=dv_group)
-        _aten._softmax_backward_data.out(ds, torch.abs(weights, out=room), -1, ds.dtype, grad_input=ds)
+        ds.mul_(torch.abs(weights, out=room))
+        ds.addcmul_(room, ds.sum(-1, keepdim=True), value=-1)  # of softmax: p · (dp - Σ p · dp)
         scaled_bmm(ds, k_group, call.scale, out=dq[group, row])
         torch.baddbmm(dk_group, ds.mT, q_piece, beta=add, alpha=call.scale, out=dk_group)
 
@@ -139,7 +142,7 @@ class _Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx, scale: float, dropout: Dropout, keep: bool, *qkv: Tensor) -> Tensor:
+    def forward(ctx: Any, scale: float, dropout: Dropout, keep: bool, *qkv: Tensor) -> Tensor:
         q, k, v = (t.to(dropout.dtype) for t in (qkv[0].unbind() if len(qkv) == 1 else qkv))
         ctx.call = Call(scale, dropout)
         with no_autocast(q):
@@ -148,7 +151,7 @@ class _Attention(Function):
         return o.to(qkv[0].dtype)
 
     @staticmethod
-    def backward(ctx, do: Tensor):
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         *qkv, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable(ctx, do, qkv, kept)
@@ -161,7 +164,7 @@ class _Attention(Function):
         return None, None, None, *grads
 
 
-def _differentiable(ctx, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
+def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
     """The gradients with a graph of their own: those of the formula."""
     # Aliases: where one input was computed from another, only the direct dependence is wanted here.
     qkv = [t.view_as(t) for t in qkv]
@@ -204,7 +207,7 @@ def self_attention(qkv: Tensor, num_heads: int, dropout: Dropout | None) -> Tens
 
 
 def batch_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, p: float, seed: Tensor | None, first_row: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float, seed: Tensor | None, first_row: int = 0,
     keep: bool = True,
 ) -> Tensor:  # fmt: skip
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape.
@@ -212,7 +215,7 @@ def batch_attention(
     ``first_row`` is where the queries begin in the batch that dropout knows; ``keep`` is whether many probabilities may
     be kept for backward.
     """
-    dropout = Dropout(p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if p else None
+    dropout = Dropout(dropout_p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if dropout_p else None
     if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
         return _undropped_or_traced(q, k, v, scale, dropout)
     return unbatched(
@@ -225,7 +228,7 @@ def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout:
     if q.numel() == 0 or k.numel() == 0:
         return reference.attention(q, k, v, scale=scale)
     if dropout is None:
-        batch = [reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v)]
-        o = F.scaled_dot_product_attention(*batch, scale=scale)
+        qb, kb, vb = (reference.heads_first(t).reshape(-1, t.shape[-2], t.shape[0], t.shape[-1]) for t in (q, k, v))
+        o = F.scaled_dot_product_attention(qb, kb, vb, scale=scale)
         return o.view(*q.shape[1:-1], q.shape[0], -1).movedim(-2, 0)
     return reference.attention(q, k, v, scale=scale, mask=attention_mask(dropout, q, k.shape[0]).to(q.dtype))

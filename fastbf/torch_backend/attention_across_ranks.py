@@ -1,4 +1,4 @@
-"""The torch backend's attention to keys and values that other ranks send in parts (``fastbf/exchange.py``).
+"""The torch backend's attention to keys and values that other ranks send in parts (``fastbf/distributed/exchange.py``).
 
 An autograd Function that holds neither all ranks' keys nor anything of size N × M, and draws its dropout decisions
 again in backward.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch.autograd import Function
 
 from fastbf.autograd import once_differentiable
 from fastbf.distributed import exchange
-from fastbf.distributed.process_groups import BATCH, Batch, confirm
+from fastbf.distributed.operators import communicating
+from fastbf.distributed.process_groups import Batch, confirm
 from fastbf.dropout import Dropout
 from fastbf.precision import compute_dtype
-from fastbf.registered import COMMUNICATES, operator
 from fastbf.torch_backend.attention import Call, batched, pieces, scaled_bmm, unbatched
 from fastbf.torch_state import no_autocast
 
@@ -30,109 +30,101 @@ class _AcrossRanks(Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, batch: Batch) -> Tensor:
-        o, lse = _across_ranks_forward(q, kv, seed, scale, p, *batch)
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, dropout_p: float, batch: Batch
+    ) -> Tensor:
+        lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        _torch_attention_across_ranks_forward(q, kv, o, lse, seed, scale, dropout_p, *batch)
         ctx.save_for_backward(q, kv, o, lse, seed)
-        ctx.scale, ctx.p, ctx.batch = scale, p, batch
+        ctx.scale, ctx.dropout_p, ctx.batch = scale, dropout_p, batch
         return o
 
     @staticmethod
     @once_differentiable("attention across ranks cannot be differentiated twice")
-    def backward(ctx, do: Tensor):
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, o, lse, seed = ctx.saved_tensors
+        dq, d_kv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv))
         with no_autocast(do):
-            dq, d_kv = _across_ranks_backward(do, *ctx.saved_tensors, ctx.scale, ctx.p, *ctx.batch)
+            numbers = seed, ctx.scale, ctx.dropout_p
+            _torch_attention_across_ranks_backward(do, q, kv, o, lse, dq, d_kv, *numbers, *ctx.batch)
         return dq, d_kv, None, None, None, None
 
 
-def _across_ranks_results(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=compute_dtype(q.dtype), device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
-
-
-@operator(
-    f"(Tensor q, Tensor kv, Tensor? seed, float scale, float p, {BATCH}) -> (Tensor, Tensor)",
-    _across_ranks_results,
-    COMMUNICATES,
-)
-def _across_ranks_forward(
-    q: Tensor, kv: Tensor, seed: Tensor | None, scale: float, p: float, *batch: object
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
-    batch = Batch(*batch)
+@communicating(
+    "Tensor q, Tensor kv, Tensor(a!) o, Tensor(b!) lse, Tensor? seed, float scale, float dropout_p", "o", "lse"
+)  # fmt: skip
+def _torch_attention_across_ranks_forward(
+    q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, dropout_p: float, *of_batch: Any
+) -> None:  # fmt: skip
+    """Writes o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
+    batch = Batch(*of_batch)
     confirm(batch)
-    o, lse = results = _across_ranks_results(q)
-    exchange.forward(partial(_forward_part, seed=seed, scale=scale, p=p), q, kv, o, lse, batch)
-    return results
+    exchange.forward(_Part(seed, scale, dropout_p).forward, q, kv, o, lse, batch)
 
 
-def _across_ranks_gradients(do: Tensor, q: Tensor, kv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, kv))
-
-
-@operator(
-    "(Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor? seed, float scale, float p,"
-    f" {BATCH}) -> (Tensor, Tensor)",
-    _across_ranks_gradients,
-    COMMUNICATES,
-)
-def _across_ranks_backward(
-    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, p: float,
-    *batch: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq and the gradient of kv."""
-    dq, d_kv = results = _across_ranks_gradients(do, q, kv)
-    part = partial(_backward_part, seed=seed, scale=scale, p=p)
-    exchange.backward(part, do, q, kv, o, lse, dq, d_kv, Batch(*batch))
-    return results
-
-
-def _forward_part(
-    q: Tensor, k: Tensor, v: Tensor, *, seed: Tensor | None, scale: float, p: float, o: Tensor, lse: Tensor,
-    origin: tuple[int, int, int],
+@communicating(
+    "Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor(a!) dq, Tensor(b!) d_kv, Tensor? seed, float scale,"
+    " float dropout_p",
+    "dq", "d_kv",
+)  # fmt: skip
+def _torch_attention_across_ranks_backward(
+    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, dq: Tensor, d_kv: Tensor, *numbers: Any
 ) -> None:  # fmt: skip
-    """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, of attention to some keys, at their positions."""
-    q, o, lse = _at(k, origin, q, o, lse=lse)
-    q, k, v = (batched(t, lse.dtype) for t in (q, k, v))
-    total, call = torch.empty_like(q), _call(scale, p, seed, origin, lse.dtype)
-    for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
-        scores = scaled_bmm(q[group, row], k[group].mT, scale)
-        of_rows = torch.logsumexp(scores, dim=-1)
-        lse[group, row] = of_rows / math.log(2)
-        words = call.words(scores.shape, q.device, group, row)
-        weights = call.sign(scores.sub_(of_rows[..., None]).exp_(), words, torch.empty_like(scores))
-        scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale, out=total[group, row])
-    o.copy_(unbatched(total, like=o))
+    """Writes dq and the gradient of kv."""
+    seed, scale, dropout_p, *of_batch = numbers
+    exchange.backward(_Part(seed, scale, dropout_p).backward, do, q, kv, o, lse, dq, d_kv, Batch(*of_batch))
 
 
-def _backward_part(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, seed: Tensor | None, scale: float,
-    p: float, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int],
-) -> None:  # fmt: skip
-    """Writes the gradients of some keys' part in attention, at their positions; o and lse are those of all keys."""
-    do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
-    do, o, q, k, v = (batched(t, lse.dtype) for t in (do, o, q, k, v))
-    gq, gk, gv = (torch.zeros_like(t) for t in (q, k, v))
-    delta, call = (do * o).sum(-1, keepdim=True), _call(scale, p, seed, origin, lse.dtype)
-    for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
-        at = group, row
-        weights = scaled_bmm(q[at], k[group].mT, scale).sub_(lse[at][..., None] * math.log(2)).exp_()
-        words = call.words(weights.shape, q.device, group, row)
-        ds = torch.empty_like(weights)
-        weights = call.sign(weights, words, ds)
-        gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale)
-        scaled_bmm(do[at], v[group].mT, call.kept_scale, out=ds)
-        torch.ops.aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
-        ds.sub_(delta[at]).mul_(weights.abs_())
-        scaled_bmm(ds, k[group], scale, out=gq[at])
-        gk[group].baddbmm_(ds.mT, q[at], alpha=scale)
-    for total, out in ((gq, dq), (gk, dk), (gv, dv)):
-        out.copy_(unbatched(total, like=out))
+class _Part(NamedTuple):
+    """Attention to some keys at some positions, as ``exchange`` asks for it."""
 
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
 
-def _call(
-    scale: float, p: float, seed: Tensor | None, origin: tuple[int, int, int], dtype: torch.dtype
-) -> Call:  # fmt: skip
-    return Call(scale, Dropout(p, seed, dtype, origin) if p else None)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, o: Tensor, lse: Tensor, origin: tuple[int, int, int]
+    ) -> None:  # fmt: skip
+        """Writes o (N, L, H, D) and lse (L · H, N), to the base 2, at the keys' positions."""
+        q, o, lse = _at(k, origin, q, o, lse=lse)
+        q, k, v = (batched(t, lse.dtype) for t in (q, k, v))
+        total, call = torch.empty_like(q), self._call(origin, lse.dtype)
+        for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
+            scores = scaled_bmm(q[group, row], k[group].mT, self.scale)
+            of_rows = torch.logsumexp(scores, dim=-1)
+            lse[group, row] = of_rows / math.log(2)
+            words = call.words(scores.shape, q.device, group, row)
+            weights = call.sign(scores.sub_(of_rows[..., None]).exp_(), words, torch.empty_like(scores))
+            scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale, out=total[group, row])
+        o.copy_(unbatched(total, like=o))
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, dq: Tensor, dk: Tensor,
+        dv: Tensor, origin: tuple[int, int, int],
+    ) -> None:  # fmt: skip
+        """Writes the gradients of the keys' part, at their positions; o and lse are those of all keys."""
+        do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
+        do, o, q, k, v = (batched(t, lse.dtype) for t in (do, o, q, k, v))
+        gq, gk, gv = (torch.zeros_like(t) for t in (q, k, v))
+        delta, call = (do * o).sum(-1, keepdim=True), self._call(origin, lse.dtype)
+        for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
+            at = group, row
+            weights = scaled_bmm(q[at], k[group].mT, self.scale).sub_(lse[at][..., None] * math.log(2)).exp_()
+            words = call.words(weights.shape, q.device, group, row)
+            ds = torch.empty_like(weights)
+            weights = call.sign(weights, words, ds)
+            gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale)
+            scaled_bmm(do[at], v[group].mT, call.kept_scale, out=ds)
+            torch.ops.aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
+            ds.sub_(delta[at]).mul_(weights.abs_())
+            scaled_bmm(ds, k[group], self.scale, out=gq[at])
+            gk[group].baddbmm_(ds.mT, q[at], alpha=self.scale)
+        for total, out in ((gq, dq), (gk, dk), (gv, dv)):
+            out.copy_(unbatched(total, like=out))
+
+    def _call(self, origin: tuple[int, int, int], dtype: torch.dtype) -> Call:
+        return Call(self.scale, Dropout(self.dropout_p, self.seed, dtype, origin) if self.dropout_p else None)
 
 
 def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
@@ -143,11 +135,11 @@ def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) 
 
 
 def attention(
-    q: Tensor, kv: Tensor, *, scale: float, p: float, seed: Tensor | None, batch: Batch
+    q: Tensor, kv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, batch: Batch
 ) -> Tensor:  # fmt: skip
     """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in parts; kv (N, L, 2C) is its own.
 
     Returns q's shape.
     """
     with no_autocast(q):
-        return _AcrossRanks.apply(q, kv, seed, scale, p, batch)
+        return _AcrossRanks.apply(q, kv, seed, scale, dropout_p, batch)

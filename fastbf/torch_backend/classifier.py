@@ -8,6 +8,7 @@ differentiates the reference.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.autograd import Function
 
 from fastbf import reference
 from fastbf.precision import chunk_elements, compute_dtype, loss_dtype, widened
+from fastbf.reference import LossOptions
 from fastbf.torch_backend.matmul import linear, mm
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
 
@@ -90,21 +92,26 @@ class _LinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, linear_weight, linear_bias, logit_bias, targets: _Targets, scale, count: bool, keep: bool):
+    def forward(
+        ctx: Any, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, logit_bias: Tensor | None,
+        targets: _Targets, scale: float, count: bool, keep: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rows = x.shape[0]
         loss = x.new_empty(rows, dtype=compute_dtype(x.dtype))
         correct = torch.empty(2, rows if count else 0, dtype=torch.bool, device=x.device)
+        kept = None
         for r in [range(rows)] if keep else _products(x, linear_weight.shape[0]):
             z = linear(x[r.start : r.stop], linear_weight, linear_bias)
             _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
-            z = z if keep else None  # gone before the next product takes its room
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, targets.target, targets.weight, z)
+            kept = z if keep else None
+            del z  # gone before the next product takes its room
+        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, targets.target, targets.weight, kept)
         ctx.targets, ctx.scale = targets, scale
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         *inputs, _, _, kept = ctx.saved_tensors
         x, linear_weight, linear_bias, logit_bias = inputs
         needs, targets, scale, rest = ctx.needs_input_grad[:4], ctx.targets, ctx.scale, [None] * 4
@@ -120,7 +127,7 @@ class _LinearCrossEntropy(Function):
                 z = linear(x[rows], linear_weight, linear_bias) if kept is None else kept[rows]
                 dz = z if room is None else room[: len(r)]
                 sums = _d_products(z, r, targets, grad, scale, logit_bias, needs[2] or needs[3], out=dz)
-                db = sums if db is None else db.add_(sums)
+                db = sums if db is None or sums is None else db.add_(sums)
                 if dx is not None:
                     dx[rows] = mm(dz, linear_weight)
                 elif needs[0]:
@@ -131,8 +138,8 @@ class _LinearCrossEntropy(Function):
         return (
             dx,
             None if dw is None else dw.to(linear_weight.dtype),
-            (db * scale).to(linear_bias.dtype) if needs[2] else None,
-            db.to(logit_bias.dtype) if needs[3] else None,
+            (db * scale).to(linear_bias.dtype) if needs[2] and db is not None else None,
+            db.to(logit_bias.dtype) if needs[3] and db is not None else None,
             *rest,
         )
 
@@ -173,11 +180,12 @@ def _d_products(
 
 
 def _differentiable(
-    inputs: Sequence[Tensor | None], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
-) -> Iterator[Tensor | None]:  # fmt: skip
+    inputs: Sequence[Any], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
+) -> Iterator[Tensor | None]:
     """The gradients with a graph of their own: those of the reference."""
     # Aliases: where one input was computed from another, only the direct dependence is wanted here.
-    x, linear_weight, linear_bias, logit_bias = inputs = [None if t is None else t.view_as(t) for t in inputs]
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    x, linear_weight, linear_bias, logit_bias = inputs
     target = targets.target if len(x) == len(targets.target) else torch.cat([targets.target, targets.target])
     terms, _ = reference.linear_cross_entropy_terms(
         x, linear_weight, target, linear_bias=linear_bias, weight=targets.weight, logit_bias=logit_bias, scale=scale,
@@ -215,31 +223,30 @@ def _within(z: Tensor, rows: range, part: range) -> Tensor:
 
 
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None, weight: Tensor | None,
-    logit_bias: Tensor | None, scale: float, reduction: str, ignore_index: int, label_smoothing: float, forked: bool,
-    stats: bool,
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
-    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy."""
+    input: Tensor, linear_weight: Tensor, target: Tensor, options: LossOptions, *, linear_bias: Tensor | None,
+    weight: Tensor | None, logit_bias: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy, else nothing."""
+    scale, reduction, ignore_index, label_smoothing, forked, stats = options
     rows, num_classes, probabilities, x = input.shape[:-1], linear_weight.shape[0], target.is_floating_point(), input
     if len(rows) > 1:
         x, target = input.flatten(0, -2), target.flatten(0, -2 if probabilities else -1)
     if autocast_dtype(input) is None:
         dtype = loss_dtype(x.dtype, target, logit_bias)
     else:
-        x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)
+        x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)  # type: ignore[assignment]
         dtype = compute_dtype(x.dtype)
-    kind = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    kind: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     small = x.shape[0] * num_classes <= SMALL or target.requires_grad or (weight is not None and weight.requires_grad)
-    right = None
     if small or traced():
         repeated = torch.cat([target, target]) if forked else target
         unadjusted = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
         logits = unadjusted if logit_bias is None else unadjusted + logit_bias
         factor = None if weight is None else weight.to(logits.dtype)
         if not stats:
-            loss = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
-            loss = loss.view(rows) if reduction == "none" else loss
-            return loss if loss.dtype == dtype else loss.to(dtype), None
+            result = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
+            result = result.view(rows) if reduction == "none" else result
+            return result if result.dtype == dtype else result.to(dtype), ()
         loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
         right = reference.correct(logits, unadjusted, repeated, ignore_index)
     else:
@@ -255,11 +262,10 @@ def linear_cross_entropy(
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
     each = norm.sum()  # of a stream
     each = torch.where(each == 0, torch.nan, each)  # nothing counts, though smoothing may have left a loss
-    total = each * (2 if forked else 1)
-    reduced = {"none": lambda: loss.view(rows), "sum": loss.sum, "mean": lambda: loss.sum() / total}
-    result = reduced[reduction]().to(dtype)
+    result = loss.view(rows) if reduction == "none" else loss.sum()
+    result = (result / (each * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)
     if not stats:
-        return result, None
+        return result, ()
     streams = loss.detach().view(2 if forked else 1, -1)
     counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
     accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()

@@ -33,13 +33,20 @@ def activate(x: Tensor, activation: str, dropout: Dropout | None) -> Tensor:
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *, p: float, eps: float, seed: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """LayerNorm(residual + drop(x))."""
-    dropout = Dropout(p, seed, x.dtype) if p else None
+    dropout = Dropout(dropout_p, seed, x.dtype) if dropout_p else None
     return F.layer_norm(add_dropped(residual, x, dropout, Site.ATTENTION_OUTPUT), (x.shape[-1],), weight, bias, eps)
 
 
-def activation_dropout(x: Tensor, activation: str, *, p: float, seed: Tensor | None) -> Tensor:
+def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x))."""
-    return activate(x, activation, Dropout(p, seed, x.dtype) if p else None)
+    return activate(x, activation, Dropout(dropout_p, seed, x.dtype) if dropout_p else None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from fastbf.distributed.exchange import split_kv
 from fastbf.distributed.process_groups import Batch
 from fastbf.dropout import Dropout, Site
 from fastbf.precision import compute_dtype
-from fastbf.reference import LayerWeights
+from fastbf.reference import LayerOptions, LayerWeights, fork
 from fastbf.torch_backend import attention, attention_across_ranks
 from fastbf.torch_backend.elementwise import activate, add_dropped
 from fastbf.torch_backend.matmul import linear
@@ -27,17 +26,18 @@ _SMALL = 1 << 16
 
 
 def encoder_layer(
-    x: Tensor, weights: LayerWeights, *, num_heads: int, activation: str, norm_first: bool, eps: float, p: float,
-    seed: Tensor | None, plain: Tensor | None, forked: bool, batch: Batch | None = None,
+    x: Tensor, weights: LayerWeights, options: LayerOptions, *, seed: Tensor | None, plain: Tensor | None = None,
+    forked: bool = False, batch: Batch | None = None,
 ) -> Tensor:  # fmt: skip
     """A whole encoder layer, or the fork that it ends, as :func:`fastbf.functional.encoder_layer` says."""
     if forked:
         plain, x = x.chunk(2)
+    num_heads, activation, norm_first, eps, dropout_p = options
     w, channels, dropout = weights, x.shape[-1:], None
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
-    if p:
+    if dropout_p:
         first = (0, 0 if batch is None else batch.first, 0)
-        dropout = Dropout(p, seed, compute_dtype(autocast_dtype(x) or x.dtype), first)
+        dropout = Dropout(dropout_p, seed, compute_dtype(autocast_dtype(x) or x.dtype), first)
         if seed is None and not dropout.plain:
             _draw_ahead(dropout, x, w.linear1_weight.shape[0], num_heads)
 
@@ -45,14 +45,14 @@ def encoder_layer(
     if batch is None:
         o = attention.self_attention(linear(n, w.in_proj_weight, w.in_proj_bias), num_heads, dropout)
     else:
-        o = _across_ranks(n, w.in_proj_weight, w.in_proj_bias, num_heads, p, seed, batch)
+        o = _across_ranks(n, w, options, seed, batch)
     s1 = add_dropped(x, linear(o, w.out_proj_weight, w.out_proj_bias), dropout, Site.ATTENTION_OUTPUT)
     z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
     u = activate(linear(z, w.linear1_weight, w.linear1_bias), activation, dropout)
     b = linear(u, w.linear2_weight, w.linear2_bias)
     y = add_dropped(s1 if norm_first else z, b, dropout, Site.FEEDFORWARD_OUTPUT)
     y = y if norm_first else F.layer_norm(y, channels, *norm2)
-    return y if plain is None else torch.cat([plain, y])
+    return y if plain is None else fork(plain, y)
 
 
 def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None:
@@ -66,14 +66,14 @@ def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None
 
 
 def _across_ranks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, p: float, seed: Tensor | None, batch: Batch
+    x: Tensor, weights: LayerWeights, options: LayerOptions, seed: Tensor | None, batch: Batch
 ) -> Tensor:  # fmt: skip
     """Attention of x (N, …, C) to all ranks' samples, from the first product on → (N, …, C).
 
     Keys and values come first, so that they travel while the queries are computed.
     """
-    channels = x.shape[-1]
-    w_q, w_kv = weight.split([channels, 2 * channels])
+    channels, num_heads, bias = x.shape[-1], options.num_heads, weights.in_proj_bias
+    w_q, w_kv = weights.in_proj_weight.split([channels, 2 * channels])
     b_q, b_kv = (None, None) if bias is None else bias.split([channels, 2 * channels])
     scale = (channels // num_heads) ** -0.5
     kv = linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
@@ -82,7 +82,8 @@ def _across_ranks(
     q = linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
     if at_once:
         k, v = split_kv(gathering.gather_batch(kv, batch, coming), num_heads)
-        o = attention.batch_attention(q, k, v, scale=scale, p=p, seed=seed, first_row=batch.first, keep=False)
+        p = options.dropout_p
+        o = attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed, first_row=batch.first, keep=False)
     else:
-        o = attention_across_ranks.attention(q, kv.contiguous(), scale=scale, p=p, seed=seed, batch=batch)
+        o = attention_across_ranks.attention(q, kv.contiguous(), scale, options.dropout_p, seed, batch)
     return o.reshape(x.shape)

@@ -10,14 +10,16 @@ quicker: 173 and 156. Everything else is PyTorch's own.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
-from fastbf.torch_state import traced
+from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
 # Multiplications in a product from which oneDNN is quicker.
 _LARGE = 2e7
@@ -29,8 +31,8 @@ def _suits_onednn() -> bool:
     return (
         "AMD" in cpu_name()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(torch.backends.mkldnn.is_available())
+        and has_onednn_linear()
     )
 
 
@@ -43,16 +45,15 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and not traced()
         and _suits_onednn()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By oneDNN, which takes both orders of a whole matrix, but no slices, and no notice of a bias's strides."""
+    """x · weightᵀ + bias by oneDNN, from copies of slices, and of a bias with strides, which oneDNN would ignore."""
     weight = weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return onednn_linear(x.contiguous(), weight, None if bias is None else bias.contiguous())
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -66,12 +67,12 @@ class _Linear(Function):
     """Saves x and the weight. The gradient's graph, when asked for, is that of ``torch.mm``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
@@ -85,4 +86,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
     if x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], -1)

@@ -1,21 +1,26 @@
-"""The attention of an encoder layer: its first product and the kernels, of a batch on this rank alone or on several.
+"""Attention of an encoder layer on kernels where several ranks share the batch.
 
-Across ranks the product of keys and values comes first, and they travel while that of the queries runs; in backward
-their gradients travel while the output projection's is computed. Where the whole batch's keys and values are too large
-to hold, they come in parts, in either direction (``fastbf/exchange.py``).
+The product of keys and values comes first, and they travel while that of the queries runs. In backward their gradients
+travel while the output projection's is computed. Where the whole batch's keys and values are too large to hold, they
+come in parts, in either direction (``fastbf/distributed/exchange.py``). While ``torch.compile`` traces, each direction
+is one operator, which waits.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbf.distributed import collectives, exchange
+from fastbf.distributed.collectives import Pending
 from fastbf.distributed.exchange import split_kv
+from fastbf.distributed.operators import communicating
+from fastbf.distributed.process_groups import Batch, confirm
 from fastbf.kernels import attention
-from fastbf.reference import split_qkv
+from fastbf.kernels.attention import Gradients, Inputs, Options
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.matmul import linear_into
 
@@ -23,68 +28,140 @@ from fastbf.triton_backend.matmul import linear_into
 def forward(
     normed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, layer: Layer, saved: Saved
 ) -> None:  # fmt: skip
-    """Writes qkv, or q and kv, o and lse.
+    """Writes q, kv, o and lse of ``saved``.
 
     Args:
         normed: [R, C], what the product reads.
         weight: (3C, C), in its dtype, and the bias (3C,) or None.
         seed: int64, one element; None only if nothing is dropped.
-        layer: the call.
+        layer: the call, with a batch.
         saved: what to write to.
     """
-    channels, batch = normed.shape[1], layer.batch
-    o, drops = layer.heads(saved.o), {"scale": layer.scale(channels), "threshold": layer.drop}
-    if batch is None:
-        linear_into(normed, weight, bias, saved.qkv)
-        q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
-        attention.forward(q, k, v, seed, o=o, lse=saved.lse, **drops)
-        return
-
+    channels, batch, kept = normed.shape[1], layer.batch, saved.kv
+    assert batch is not None
+    assert kept is not None
     parts = [channels, 2 * channels]
     (w_q, w_kv), (b_q, b_kv) = weight.split(parts), (None, None) if bias is None else bias.split(parts)
-    kv, q = torch.empty(normed.shape[0], 2 * channels, dtype=normed.dtype, device=normed.device), layer.heads(saved.qkv)
+    kv = torch.empty(normed.shape[0], 2 * channels, dtype=normed.dtype, device=normed.device)
     linear_into(normed, w_kv, b_kv, kv)
-    kv = layer.by_sample(kv).contiguous()
-    if layer.in_parts(channels):
-        saved.kv.copy_(kv)
-        linear_into(normed, w_q, b_q, saved.qkv)
-        exchange.forward(partial(attention.forward, seed=seed, **drops), q, saved.kv, o, saved.lse, batch)
-        return
-    coming = collectives.gather(kv, saved.kv, batch)
+    kv, q, o = layer.by_sample(kv).contiguous(), layer.heads(saved.qkv), layer.heads(saved.o)
+    options, compiling = layer.options(channels, seed), torch.compiler.is_compiling()
+    coming = None if compiling else _begin(kv, kept, batch)
     linear_into(normed, w_q, b_q, saved.qkv)
-    k, v = split_kv(coming.wait(), layer.num_heads)
-    attention.forward(q, k, v, seed, o=o, lse=saved.lse, origin=(0, batch.first, 0), **drops)
+    if compiling:
+        _triton_attention_across_ranks_forward(
+            q, kv, saved.kv, o, saved.lse, seed, options.scale, options.threshold, *batch
+        )
+    else:
+        _attend(q, kept, o, saved.lse, options, batch, coming)
 
 
-class Backward:
-    """The gradient of qkv [R, 3C]: begun, and ready once it has been waited for."""
+def _begin(kv: Tensor, kept: Tensor, batch: Batch) -> Pending | None:
+    """Writes this rank's kv to ``kept``, or all ranks', which are on their way then, if they are not too large."""
+    if collectives.gathers(batch, kv[0].numel() * kv.element_size()):
+        return collectives.gather(kv, kept, batch)
+    kept.copy_(kv)
+    return None
 
-    def __init__(self, do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved) -> None:
-        """do: [R, C], of o; the rest as in :func:`forward`."""
-        channels = do.shape[1]
-        self.pending = None
-        self.d_qkv = torch.empty(do.shape[0], 3 * channels, dtype=do.dtype, device=do.device)
-        by_sample, batch = layer.by_sample(self.d_qkv), layer.batch
-        do, o = layer.heads(do), layer.heads(saved.o)
-        drops = {"scale": layer.scale(channels), "threshold": layer.drop}
-        dq, dk, dv = split_qkv(by_sample, layer.num_heads)
-        if batch is None:
-            q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
-            attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, **drops)
-            return
-        q, self.d_kv = layer.heads(saved.qkv), by_sample[..., channels:]
-        if layer.in_parts(channels):
-            part = partial(attention.backward, seed=seed, **drops)
-            exchange.backward(part, do, q, saved.kv, o, saved.lse, dq, self.d_kv, batch)
-            return
-        d_kv = torch.empty(saved.kv.shape, dtype=torch.float32, device=do.device)
-        dk, dv = split_kv(d_kv, layer.num_heads)
-        k, v = split_kv(saved.kv, layer.num_heads)
-        attention.backward(do, q, k, v, o, saved.lse, seed, dq, dk, dv, origin=(0, batch.first, 0), **drops)
-        self.pending = collectives.scatter_sum(d_kv, batch)
 
-    def wait(self) -> Tensor:
-        """[R, 3C]."""
-        if self.pending is not None:
-            exchange.take_own(self.pending.wait(), self.d_kv)
-        return self.d_qkv
+def _attend(
+    q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, options: Options, batch: Batch, coming: Pending | None
+) -> None:
+    """Writes o and lse."""
+    if coming is None:
+        exchange.forward(_forward_part(options), q, kv, o, lse, batch)
+        return
+    k, v = split_kv(coming.wait(), q.shape[-2])
+    attention.forward(q, k, v, options._replace(row=batch.first), o=o, lse=lse)
+
+
+def _forward_part(options: Options) -> Callable[..., None]:
+    """``attention.forward`` as ``exchange.forward`` calls it."""
+
+    def part(q: Tensor, k: Tensor, v: Tensor, *, o: Tensor, lse: Tensor | None, origin: tuple[int, int, int]) -> None:
+        attention.forward(q, k, v, Options(*options[:3], *origin), o=o, lse=lse)
+
+    return part
+
+
+@communicating(
+    "Tensor q, Tensor kv, Tensor(a!) kept, Tensor(b!) o, Tensor(c!)? lse, Tensor? seed, float scale, SymInt threshold",
+    "kept", "o", "lse",
+)  # fmt: skip
+def _triton_attention_across_ranks_forward(
+    q: Tensor, kv: Tensor, kept: Tensor, o: Tensor, lse: Tensor | None, seed: Tensor | None, scale: float,
+    threshold: int, *of_batch: Any,
+) -> None:  # fmt: skip
+    batch = Batch(*of_batch)
+    confirm(batch)
+    _attend(q, kept, o, lse, Options(scale, seed, threshold), batch, _begin(kv, kept, batch))
+
+
+def backward(do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved, d_qkv: Tensor) -> Pending | None:
+    """Writes the gradient of qkv: that of q at once, that of k and v, with :func:`finish`, when it has come.
+
+    Args:
+        do: [R, C], of o.
+        seed, layer, saved: as in :func:`forward`.
+        d_qkv: [R, 3C].
+    """
+    channels, batch, kv = do.shape[1], layer.batch, saved.kv
+    assert batch is not None
+    assert kv is not None
+    d_q, d_kv = layer.by_sample(d_qkv).split([channels, 2 * channels], dim=-1)
+    q, do, o, d_q = layer.heads(saved.qkv), layer.heads(do), layer.heads(saved.o), layer.split_heads(d_q)
+    options = layer.options(channels, seed)
+    if torch.compiler.is_compiling():
+        numbers = options.scale, options.threshold
+        _triton_attention_across_ranks_backward(do, q, kv, o, saved.lse, d_q, d_kv, seed, *numbers, *batch)
+        return None
+    return _gradients(do, (q, kv, o, saved.lse), d_q, d_kv, options, batch)
+
+
+def finish(pending: Pending | None, layer: Layer, d_qkv: Tensor | None) -> None:
+    """Waits for what :func:`backward` left on its way."""
+    if pending is not None and d_qkv is not None:
+        exchange.take_own(pending.wait(), layer.by_sample(d_qkv)[..., d_qkv.shape[1] // 3 :])
+
+
+def _gradients(
+    do: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], d_q: Tensor, d_kv: Tensor, options: Options,
+    batch: Batch,
+) -> Pending | None:  # fmt: skip
+    """Writes the gradient of q, and that of kv unless it is still on its way."""
+    q, kv, o, lse = saved
+    heads = q.shape[-2]
+    if not collectives.gathers(batch, kv[0].numel() * kv.element_size()):
+        exchange.backward(_backward_part(options), do, q, kv, o, lse, d_q, d_kv, batch)
+        return None
+    d_all = torch.empty(kv.shape, dtype=torch.float32, device=do.device)
+    inputs, grads = Inputs(q, *split_kv(kv, heads), o, lse), Gradients(d_q, *split_kv(d_all, heads))
+    attention.backward(do, inputs, options._replace(row=batch.first), grads)
+    return collectives.scatter_sum(d_all, batch)
+
+
+def _backward_part(options: Options) -> Callable[..., None]:
+    """``attention.backward`` as ``exchange.backward`` calls it."""
+
+    def part(
+        do: Tensor, *saved: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, origin: tuple[int, int, int]
+    ) -> None:  # fmt: skip
+        attention.backward(do, Inputs(*saved), Options(*options[:3], *origin), Gradients(dq, dk, dv))
+
+    return part
+
+
+@communicating(
+    "Tensor do, Tensor q, Tensor kv, Tensor o, Tensor? lse, Tensor(a!) d_q, Tensor(b!) d_kv, Tensor? seed, float scale,"
+    " SymInt threshold",
+    "d_q", "d_kv",
+)  # fmt: skip
+def _triton_attention_across_ranks_backward(
+    do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, d_q: Tensor, d_kv: Tensor, seed: Tensor | None,
+    *numbers: Any,
+) -> None:  # fmt: skip
+    scale, threshold, *of_batch = numbers
+    batch = Batch(*of_batch)
+    pending = _gradients(do, (q, kv, o, lse), d_q, d_kv, Options(scale, seed, threshold), batch)
+    if pending is not None:
+        exchange.take_own(pending.wait(), d_kv)

@@ -1,6 +1,6 @@
-"""Backward of ``fastbf/encoder.py``, on plain tensors.
+"""Backward of an encoder layer, from its end to its start.
 
-It goes from the layer's end to its start and stops where nothing further up wants a gradient. Weight gradients leave
+It stops where nothing further up wants a gradient. Weight gradients leave
 their matrix product in fp32 where the parameters are. What the elementwise kernels sum over rows goes into one buffer
 of partial sums, which is added up once.
 """
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fastbf.dropout import Site
-from fastbf.kernels import activation, add_norm
-from fastbf.kernels.limits import device_limits
+from fastbf.kernels import activation, add_norm, attention
+from fastbf.kernels.add_norm import Norm
 from fastbf.kernels.rows import partial_sums
-from fastbf.torch_state import no_autocast
-from fastbf.triton_backend import attention_across_ranks as encoder_attention
+from fastbf.reference import split_qkv
+from fastbf.triton_backend import attention_across_ranks
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_weights import Factors
+from fastbf.triton_backend.functions import limits_of
 from fastbf.triton_backend.matmul import weight_gradient
 
 
@@ -88,7 +89,7 @@ class _Partials:
     def __init__(self, x: Tensor, width: int, wanted: bool, complete: bool) -> None:
         self.filled, self.buffer = 0, None
         if wanted:
-            parts = partial_sums(x.shape[0], device_limits(x.device))
+            parts = partial_sums(x.shape[0], limits_of(x.device))
             allocate = torch.empty if complete else torch.zeros
             self.buffer = allocate((parts, sums_width(x.shape[1], width)), dtype=torch.float32, device=x.device)
 
@@ -102,43 +103,29 @@ class _Partials:
 
 
 def backward(
-    d_out: Tensor,
-    x: Tensor,
-    saved: Saved,
-    factors: Factors,
-    seed: Tensor | None,
-    layer: Layer,
-    wanted: Wanted,
+    d_out: Tensor, x: Tensor, saved: Saved, f: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
     dtype: torch.dtype,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """The gradients of one call.
 
     Args:
         d_out: gradient of the result, in its shape, contiguous.
         x: [R, C], as in forward.
         saved: what forward left.
-        factors: the weights that gradients flow through.
+        f: the weights that gradients flow through.
         seed: as in forward.
         layer: the call.
         wanted: which gradients; at least one.
         dtype: of the gradients of weights and of in_proj_bias: fp32, or that of the products.
     """
-    with no_autocast(x):
-        return _backward(d_out, x, saved, factors, seed, layer, wanted, dtype)
-
-
-def _backward(
-    d_out: Tensor, x: Tensor, saved: Saved, f: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
-    dtype: torch.dtype,
-) -> Gradients:  # fmt: skip
     rows, channels, width = layer.rows, x.shape[1], f.linear1.shape[0]
     norm_first, eps, reach = layer.norm_first, layer.eps, wanted.reach(layer.norm_first)
     partials = _Partials(x, width, wanted.sums, complete=reach >= (4 if norm_first else 2))
-    forked, into_fork = bool(layer.fork), layer.fork == "input"
-    plain = {"d_plain": d_out if layer.fork in ("x", "input") else None, "ds_forked": into_fork}
+    into_fork = layer.fork == "input"
+    d_plain = d_out if layer.fork in ("x", "input") and wanted.x else None  # joins the gradient of x
 
-    def empty(dtype: torch.dtype = layer.compute, needed: bool = True) -> Tensor | None:
-        return torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+    def empty(dtype: torch.dtype = layer.compute) -> Tensor:
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
 
     def empty_dx() -> Tensor | None:
         shape = (2 * x.shape[0], channels) if into_fork else x.shape
@@ -146,15 +133,15 @@ def _backward(
 
     # drop + residual (+ norm): the end
     d_branch, ds2 = empty(), None
-    drops = layer.drops(Site.FEEDFORWARD_OUTPUT, seed)
+    drop = layer.drop(Site.FEEDFORWARD_OUTPUT, seed)
     if norm_first:
-        add_norm.backward(d_out, rows, dy_forked=forked, dx=d_branch, partials=partials.take(channels), **drops)
+        add_norm.backward(d_out, rows, dx=d_branch, partials=partials.take(channels), drop=drop)
     else:
-        ds2 = empty(saved.s2.dtype, reach >= 2)
-        add_norm.backward(
-            d_out, rows, dy_forked=forked, norm=(saved.s2, f.norm2, eps), ds=ds2, dx=d_branch,
-            partials=partials.take(3 * channels), **drops,
-        )  # fmt: skip
+        assert saved.s2 is not None
+        ds2 = empty(saved.s2.dtype) if reach >= 2 else None
+        norm2 = Norm(f.norm2, None, eps, saved.s2)
+        sums = partials.take(3 * channels)
+        add_norm.backward(d_out, rows, norm=norm2, ds=ds2, dx=d_branch, partials=sums, drop=drop)
     if reach < 1:
         return Gradients(sums=partials.total())
 
@@ -162,9 +149,9 @@ def _backward(
     dh, u = torch.mm(d_branch, f.linear2), saved.hidden
     if layer.activation != "relu":
         u = torch.empty_like(saved.hidden)
+    drop = layer.drop(Site.ACTIVATION, seed)
     activation.backward(
-        dh, saved.hidden, rows, layer.activation, dh=dh, u=u, partials=partials.take(width),
-        **layer.drops(Site.ACTIVATION, seed),
+        dh, saved.hidden, rows, layer.activation, dh=dh, u=u, partials=partials.take(width), drop=drop
     )  # fmt: skip
     grads = Gradients(
         linear1_weight=weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
@@ -175,30 +162,34 @@ def _backward(
 
     # norm and drop + residual between the two branches
     dz = torch.mm(dh, f.linear1)
-    drops = layer.drops(Site.ATTENTION_OUTPUT, seed)
-    ds1 = empty(saved.s1.dtype, reach == 4) if norm_first else empty_dx()
+    drop, sums = layer.drop(Site.ATTENTION_OUTPUT, seed), partials.take(3 * channels)
+    norm = Norm(f.norm2 if norm_first else f.norm1, None, eps, saved.s1)
     if norm_first:
-        add_norm.backward(
-            dz, rows, skip=d_out, skip_forked=forked, norm=(saved.s1, f.norm2, eps), ds=ds1, dx=d_branch,
-            partials=partials.take(3 * channels), **drops,
-        )  # fmt: skip
+        ds1 = empty(saved.s1.dtype) if reach == 4 else None
+        add_norm.backward(dz, rows, skip=d_out, norm=norm, ds=ds1, dx=d_branch, partials=sums, drop=drop)
     else:
+        ds1 = empty_dx()
+        assert ds2 is not None
         add_norm.backward(
-            ds2, rows, dy2=dz, norm=(saved.s1, f.norm1, eps), ds=ds1, dx=d_branch,
-            partials=partials.take(3 * channels), **(plain if ds1 is not None else {}), **drops,
+            ds2, rows, dy2=dz, d_plain=d_plain, norm=norm, ds=ds1, dx=d_branch, partials=sums, drop=drop
         )  # fmt: skip
     if reach < 3:
         return grads._replace(sums=partials.total())
     del dh, dz, u, ds2  # attention's backward needs the room
 
     # attention; across ranks, gradients of keys and values travel while the output projection's is computed
-    attention = None
+    d_qkv = pending = None
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
-        attention = encoder_attention.Backward(torch.mm(d_branch, f.out_proj), seed, layer, saved)
+        d_qkv, do = torch.empty(x.shape[0], 3 * channels, dtype=layer.compute, device=x.device), d_branch @ f.out_proj
+        if layer.batch is None:
+            _attention(do, seed, layer, saved, d_qkv)
+        else:
+            pending = attention_across_ranks.backward(do, seed, layer, saved, d_qkv)
     if wanted.out_proj_weight:
         grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
-    if attention is not None:
-        d_qkv = attention.wait()
+    attention_across_ranks.finish(pending, layer, d_qkv)
+    if d_qkv is None:
+        return grads._replace(sums=partials.total())
     if wanted.in_proj_weight:
         normed = x if saved.normed is None else saved.normed
         grads = grads._replace(in_proj_weight=weight_gradient(d_qkv, normed, dtype))
@@ -210,14 +201,23 @@ def _backward(
     # the start
     if norm_first:
         dx = empty_dx()
+        norm, sums = Norm(f.norm1, None, eps, x), partials.take(2 * channels)
         add_norm.backward(
-            torch.mm(d_qkv, f.in_proj), rows, skip=ds1, norm=(x, f.norm1, eps), ds=dx,
-            partials=partials.take(2 * channels), **(plain if dx is not None else {}),
+            torch.mm(d_qkv, f.in_proj), rows, skip=ds1, d_plain=d_plain, norm=norm, ds=dx, partials=sums
         )  # fmt: skip
     else:
         dx = ds1
-        _add_product(layer.mixed(dx) if into_fork else dx, d_qkv, f.in_proj)
+        assert dx is not None
+        _add_product(layer.halves(dx)[1] if into_fork else dx, d_qkv, f.in_proj)
     return grads._replace(x=dx, sums=partials.total())
+
+
+def _attention(do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved, d_qkv: Tensor) -> None:
+    """Writes the gradient of qkv [R, 3C], given that of o [R, C]."""
+    q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
+    inputs = attention.Inputs(q, k, v, layer.heads(saved.o), saved.lse)
+    grads = attention.Gradients(*split_qkv(layer.by_sample(d_qkv), layer.num_heads))
+    attention.backward(layer.heads(do), inputs, layer.options(do.shape[1], seed), grads)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbf.reference import LayerWeights
+from fastbf.torch_state import copy_all
 
 _ALIGNMENT = 8  # elements: every cast tensor starts at a multiple of 16 bytes
 _LINEAR = 8  # of a layer's tensors are the linear layers', the others the norms'
@@ -31,19 +33,22 @@ def cast_size(channels: int, width: int) -> int:
     return _starts(channels, width)[-1]
 
 
-def cast(weights: LayerWeights, buffer: Tensor, also: dict[Tensor, Tensor]) -> LayerWeights:
+def cast(weights: LayerWeights, buffer: Tensor, others: Sequence[tuple[Tensor, Tensor]]) -> LayerWeights:
     """The weights with the linear layers' tensors cast into ``buffer`` (1-D), the norms' as they are.
 
-    One launch where all that is cast is dense and of one dtype. Fills the keys of ``also`` with their values, too.
+    One launch where all that is cast is dense and of one dtype. Copies to the first of each of ``others``, too.
     """
     starts = _starts(weights.out_proj_weight.shape[0], weights.linear1_weight.shape[0])
     views: list[Tensor | None] = [None] * _LINEAR
+    targets, sources = [to for to, _ in others], [t for _, t in others]
     for start, i in zip(starts, (0, 2, 4, 6, 1, 3, 5, 7), strict=False):
         w = weights[i]
-        views[i] = None if w is None else buffer[start : start + w.numel()].view(w.shape)
-    given = [i for i, view in enumerate(views) if view is not None]
-    torch._foreach_copy_([*(views[i] for i in given), *also.keys()], [*(weights[i] for i in given), *also.values()])
-    return LayerWeights(*views, *weights[_LINEAR:])
+        if w is not None:
+            views[i] = view = buffer[start : start + w.numel()].view(w.shape)
+            targets.append(view)
+            sources.append(w)
+    copy_all(targets, sources)
+    return LayerWeights(*views, *weights[_LINEAR:])  # type: ignore[arg-type]
 
 
 class Factors(NamedTuple):
@@ -63,4 +68,5 @@ def cast_factors(buffer: Tensor, width: int, norm1: Tensor, norm2: Tensor) -> Fa
     starts = _starts(channels, width)
     shapes = ((3 * channels, channels), (channels, channels), (width, channels), (channels, width))
     pairs = zip(starts, shapes, strict=False)
-    return Factors(*(buffer[start : start + a * b].view(a, b) for start, (a, b) in pairs), norm1, norm2)
+    in_proj, out_proj, linear1, linear2 = (buffer[start : start + a * b].view(a, b) for start, (a, b) in pairs)
+    return Factors(in_proj, out_proj, linear1, linear2, norm1, norm2)

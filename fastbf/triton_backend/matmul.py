@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · weightᵀ + bias."""
-    if bias is None:
+    if torch.compiler.is_compiling():  # which takes no ``out`` with gaps between rows, and needs none
+        out.copy_(F.linear(x, weight, bias))
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
@@ -16,9 +19,9 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a · b; where out is fp32 and a and b are not, the product itself writes that if the device can do so."""
-    if a.dtype == out.dtype:
+    if a.dtype == out.dtype and not torch.compiler.is_compiling():
         torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
+    elif a.is_cuda and out.dtype == torch.float32 != a.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))

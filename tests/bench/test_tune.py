@@ -219,10 +219,10 @@ def test_rows_are_written_as_they_come_and_proposals_printed(tmp_path, capsys):
     def results():
         for i, r in enumerate(given):
             yield r
-            assert len(path.read_text().splitlines()) == 2 + i
+            assert len(path.read_text(encoding="utf-8").splitlines()) == 2 + i
 
     tune.show(results(), path)
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(given)
     assert {"torch", "triton", "device", "date"} <= rows[0].keys()

@@ -16,12 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
-from fastbf import functional, ops
+from fastbf import functional
 from fastbf.distributed import collectives, process_groups
 from fastbf.distributed import gathering as distributed
 from fastbf.distributed.process_groups import Batch, Facts, name_of
-from fastbf.reference import LayerWeights
-from fastbf.triton_backend.encoder_call import Layer, kept
+from fastbf.triton_backend import attention_across_ranks
 from tests.memory import PeakMemory
 from tests.triton_backend.test_encoder_layer import SEED, features, weights
 
@@ -356,40 +355,41 @@ REFUSED = {
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+#: The operators that communicate.
+OPERATORS = (
+    "confirm",
+    "gather",
+    "scatter_sum",
+    "torch_attention_across_ranks_forward",
+    "torch_attention_across_ranks_backward",
+    "triton_attention_across_ranks_forward",
+    "triton_attention_across_ranks_backward",
+)
+
+
 def checked_operators():
     """PyTorch's checks of the operators that communicate, of batches that have met and that have not."""
-    rank = dist.get_rank()
-    name = name_of(dist.group.WORLD)
+    assert attention_across_ranks  # which registers those of the kernels
+    name, rank = name_of(dist.group.WORLD), dist.get_rank()
     for met in (True, False):
         facts = Facts("encoder_layer", torch.float32, True, "triton", 4, 32768, (3, 32)).numbers()
         batch = Batch(name, rank, [6, 6], facts, met)
-        operators = torch.ops.fastbf  # those of the layer are registered by ``ops``
-        assert hasattr(ops, "_encoder_across_ranks_forward")
-        x = torch.randn(6, 3, 32)
-        calls = [(operators._gather, (x, *batch)), (operators._scatter_sum, (torch.randn(12, 3, 32), *batch))]
-        layer = Layer(6, 3, False, 4, "relu", False, 1e-5, 32768, "x", torch.float32, torch.float32, *batch)
-        given, seed = [t.detach() for t in weights(32, 40)], torch.tensor([SEED])
-        forward = x.view(18, 32), None, given, seed, *layer
-        out, *saved = operators._encoder_across_ranks_forward(*forward)
-        wanted = kept(x.dtype, LayerWeights(*given), layer)
-        tensors = iter(saved)
-        saved = [next(tensors) if is_kept else None for is_kept in wanted]
-        factors = [*given[:8:2], given[8], given[10]]
-        backward = out, x.view(18, 32), saved, factors, seed, [True] * 13, torch.float32, *layer
-        calls += [
-            (operators._encoder_across_ranks_forward, forward),
-            (operators._encoder_across_ranks_backward, backward),
-        ]
-        q, kv = torch.randn(6, 3, 4, 8), torch.randn(6, 3, 64)
-        options = seed, 0.5, 0.5, *batch
-        o, lse = operators._across_ranks_forward(q, kv, *options)
-        calls += [
-            (operators._across_ranks_forward, (q, kv, *options)),
-            (operators._across_ranks_backward, (torch.randn_like(o), q, kv, o, lse, *options)),
-            (operators._confirmed, (x, *batch)),
-        ]
-        for call, args in calls:
-            assert set(opcheck(call.default, args, test_utils=CHECKS).values()) == {"SUCCESS"}
+        x, out, seed = torch.randn(6, 3, 32), torch.randn(12, 3, 32), torch.tensor([SEED])
+        q, kv, kept = torch.randn(6, 3, 4, 8), torch.randn(6, 3, 64), torch.zeros(12, 3, 64)
+        o, lse = torch.zeros_like(q), torch.zeros(12, 6)
+        dq, d_kv, do = torch.zeros_like(q), torch.zeros_like(kv), torch.randn_like(o)
+        arguments = (
+            (torch.zeros(()),),
+            (x, torch.zeros_like(out)),
+            (out, torch.zeros_like(x)),
+            (q, kv, o, lse, seed, 0.5, 0.5),
+            (do, q, kv, o, lse, dq, d_kv, seed, 0.5, 0.5),
+            (q, kv, kept, o, None, seed, 0.5, 32768),
+            (do, q, kept, o, None, dq, d_kv, seed, 0.5, 32768),
+        )
+        for operator, args in zip(OPERATORS, arguments, strict=True):
+            call = getattr(torch.ops.fastbf, operator).default
+            assert set(opcheck(call, (*args, *batch), test_utils=CHECKS).values()) == {"SUCCESS"}
 
 
 def copied():
@@ -424,8 +424,8 @@ def peak_memory(shape, kind):
 def meetings(steps):
     """How many messages between hosts ``steps`` steps of two layers with checkpointing take."""
     net = Loss(models("torch", WORLD, layers=2), checkpointed=True)
-    with mock.patch.object(process_groups, "_told", wraps=process_groups._told) as told:
+    with mock.patch.object(process_groups, "_exchange", wraps=process_groups._exchange) as exchange:
         for _ in range(steps):
             x, y = batch(6)
             net(x, y).backward()
-    return told.call_count
+    return exchange.call_count

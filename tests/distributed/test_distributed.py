@@ -295,7 +295,7 @@ def test_a_cuda_graph_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
-        process_groups._told("group", 3, [0])
+        process_groups._exchange("group", 3, [0])
 
 
 def test_operators(worlds):

@@ -1,4 +1,4 @@
-"""How many kernels and matrix products a training step launches (DESIGN section 6), counted, not timed."""
+"""How many kernels and matrix products a training step launches (docs/design.md), counted, not timed."""
 
 import pytest
 import torch

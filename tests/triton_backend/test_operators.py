@@ -1,132 +1,121 @@
-"""The kernels as registered operators: what ``torch.compile`` relies on, and layers compiled as one graph."""
+"""The launchers as registered operators: what ``torch.compile`` relies on, and layers compiled as one graph."""
 
-import re
-from pathlib import Path
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch.library import opcheck
 
 import fastbf
-from fastbf import backend, functional, ops
-from fastbf.distributed import gathering as distributed
+from fastbf import backend, functional
 from fastbf.kernels import probe
-from fastbf.kernels.rows import Rows
-from fastbf.reference import LayerWeights
-from fastbf.torch_backend import attention_across_ranks
 from fastbf.triton_backend import classifier
-from fastbf.triton_backend.classifier import Head
-from fastbf.triton_backend.encoder_call import NO_BATCH, Layer, Saved, kept
-from fastbf.triton_backend.encoder_weights import Factors, cast_factors
-from tests.distributed import across_ranks
-from tests.distributed.across_ranks import CHECKS
+from tests.distributed.across_ranks import CHECKS, OPERATORS
 from tests.triton_backend.test_encoder_layer import features, weights
 from tests.triton_case import DEVICE, SEED
 
 
-def check(name, *args):
-    operator = getattr(torch.ops.fastbf, name).default
-    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-    assert set(opcheck(operator, tuple(args), test_utils=CHECKS).values()) == {"SUCCESS"}
-    return operator(*args)
+@contextmanager
+def operators_called():
+    """What a compiler would trace, run: every operator of fastbf with its arguments, as they were before the call."""
+    found, call = [], OpOverload.__call__
+
+    def recorded(operator, /, *args, **kwargs):
+        if operator.namespace == "fastbf":
+            found.append((operator, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]))
+        return call(operator, *args, **kwargs)
+
+    with patch.object(OpOverload, "__call__", recorded), patch("torch.compiler.is_compiling", lambda: True):
+        yield found
 
 
-def seed():
-    return torch.tensor([SEED], device=DEVICE)
+def check(function, *inputs):
+    """PyTorch's checks of the operators that a function and its backward call; their names."""
+    inputs = [x.requires_grad_() for x in inputs]
+    with operators_called() as called:
+        function(*inputs).float().sum().backward()
+    kinds = {(operator, tuple(map(type, args))): args for operator, args in called}
+    for (operator, _), args in kinds.items():
+        assert set(opcheck(operator, tuple(args), test_utils=CHECKS).values()) == {"SUCCESS"}
+    return {operator._schema.name.split("::")[1] for operator, _ in kinds}
+
+
+def both(name):
+    return {f"{name}_forward", f"{name}_backward"}
 
 
 @pytest.mark.parametrize("n", [6, 40])
 def test_attention(n):
-    q, k, v = (torch.randn(n, 3, 2, 16, device=DEVICE) for _ in range(3))
-    o, *lse = check("attention_forward", q, k, v, seed(), 0.25, 32768)
-    saved = (o, *lse) if lse else (None, None)
-    check("attention_backward", torch.randn_like(o), q, k, v, *saved, seed(), 0.25, 32768, [True] * 3)
+    qkv = [torch.randn(n, 3, 2, 16, device=DEVICE) for _ in range(3)]
+    options = {"dropout_p": 0.5, "seed": SEED, "backend": "triton"}
+    assert check(lambda *x: functional.batch_attention(*x, **options), *qkv) == both("attention")
 
 
 def test_add_norm():
-    x, residual, weight = torch.randn(6, 24).half(), torch.randn(6, 24), torch.randn(24)
-    x, residual, weight = (t.to(DEVICE) for t in (x, residual, weight))
-    rows = Rows(3, 2, True)
-    y, total = check(
-        "add_norm_forward", x, residual, weight, None, 1e-5, seed(), 6554, torch.float32, *rows
-    )  # fmt: skip
-    check("add_norm_backward", y, total, weight, 1e-5, seed(), 6554, torch.float16, torch.float32, *rows)
+    x, residual, weight = (torch.randn(s, device=DEVICE) for s in ((2, 3, 24), (2, 3, 24), (24,)))
+    options = {"dropout_p": 0.1, "eps": 1e-5, "seed": SEED, "backend": "triton"}
+
+    def function(x, residual, weight):
+        return functional.dropout_add_layer_norm(x.transpose(0, 1), residual.transpose(0, 1), weight, None, **options)
+
+    assert check(function, x, residual, weight) == both("add_norm")
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu"])
 def test_activation(name):
+    options = {"dropout_p": 0.5, "seed": SEED, "backend": "triton"}
     h = torch.randn(6, 24, device=DEVICE)
-    (u,) = check("activation_forward", h, name, seed(), 32768, *Rows(6, 1, False))
-    check("activation_backward", h, u, name, seed(), 32768, *Rows(6, 1, False))
+    assert check(lambda h: functional.activation_dropout(h, name, **options), h) == both("activation")
 
 
 @pytest.mark.parametrize(
-    ("n", "norm_first", "fork", "compute"),
+    ("n", "norm_first", "fork", "half"),
     [
-        (6, False, "x", torch.float32),
-        (6, True, "", torch.float16),
-        (40, False, "input", torch.float16),
-        (6, False, "plain", torch.float16),
-        (6, True, "input", torch.float32),
-        (40, True, "x", torch.float32),
+        (6, False, "x", False),
+        (6, True, "", True),
+        (40, False, "input", True),
+        (6, False, "plain", True),
+        (6, True, "input", False),
+        (40, True, "x", False),
     ],
 )
-def test_encoder(n, norm_first, fork, compute):
+def test_encoder(n, norm_first, fork, half):
     activation = "gelu" if norm_first else "relu"
-    layer = Layer(n, 1, False, 4, activation, norm_first, 1e-5, 32768, fork, compute, torch.float32, *NO_BATCH)
-    x, given = features(n, (), 32).detach(), [t.detach() for t in weights(32, 40)]
-    plain = {"plain": x + 1, "input": torch.cat([x + 1, x])}.get(fork)
-    out, *rest = check("_encoder_forward", x, plain, given, seed(), *layer)
-    tensors = iter(rest)
-    saved = Saved(*(next(tensors) if wanted else None for wanted in kept(x.dtype, LayerWeights(*given), layer)))
-    factors = Factors(*given[:8:2], given[8], given[10])
-    if saved.cast is not None:
-        factors = cast_factors(saved.cast, 40, given[8], given[10])
-    for wanted in ([True] * 13, [False] * 12 + [True], [True] + [False] * 12):
-        check(
-            "_encoder_backward", out, x, list(saved._replace(cast=None)), list(factors), seed(), wanted, torch.float32,
-            *layer,
-        )  # fmt: skip
+    options = {"num_heads": 4, "activation": activation, "norm_first": norm_first, "dropout_p": 0.5, "seed": SEED}
+
+    def function(x, *tensors):
+        plain = {"x": x, "plain": x.detach() + 1}.get(fork)
+        with torch.autocast(DEVICE.type, torch.float16, enabled=half):
+            return functional.encoder_layer(
+                x, *tensors, **options, plain=plain, forked=fork == "input", backend="triton"
+            )
+
+    x = features(2 * n if fork == "input" else n, (), 32).detach()
+    found = check(function, x, *(t.detach() for t in weights(32, 40)))
+    assert found == both("attention") | both("add_norm") | both("activation")
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.float16])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
-def test_classifier(compute, reduction, keep, soft):
+def test_classifier(half, reduction, keep, soft, monkeypatch):
     """Eight classes: what pads the rows of others is in no result."""
+    monkeypatch.setattr(classifier, "KEPT", int(keep))
     x, matrix, bias = (torch.randn(shape, device=DEVICE) for shape in ((12, 16), (8, 16), (8,)))
     target, weight = torch.arange(6, device=DEVICE), torch.rand(8, device=DEVICE)
     if soft:
         target = torch.rand(6, 8, device=DEVICE)
-    head = Head(2, reduction, 2.0, 3, 0.1, True, keep, compute, torch.float32)
-    loss, _, total, *rest = check("_classifier_forward", x, matrix, bias, target, weight, bias, *head)
-    *_, z, of_rows = rest
-    assert z.shape == (12 if keep else 0, 8)
-    dtypes = (torch.float32, torch.float32)
-    saved = [*(t.to(compute) for t in (x, matrix)), z, of_rows, total, bias, target, weight, bias]
-    for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True]):
-        check("_classifier_backward", loss, *saved, wanted, *dtypes, *head)
+    options = {"scale": 2.0, "reduction": reduction, "ignore_index": 3, "label_smoothing": 0.1, "stats": True}
 
+    def function(x, matrix, bias):
+        tensors = {"linear_bias": bias, "weight": weight, "logit_bias": bias}
+        with torch.autocast(DEVICE.type, torch.float16, enabled=half):
+            return functional.linear_cross_entropy(x, matrix, target, **tensors, **options, backend="triton")[0]
 
-def test_every_operator_is_checked():
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
-    forwards = (
-        "attention_forward",
-        "add_norm_forward",
-        "activation_forward",
-        "_encoder_forward",
-        "_classifier_forward",
-    )
-    across_ranks = {
-        "_gather",
-        "_scatter_sum",
-        "_confirmed",
-    }  # these: tests/distributed
-    across_ranks |= {name for name in names if "across_ranks" in name}
-    assert names - across_ranks == {*forwards, *(name.replace("forward", "backward") for name in forwards)}
-    owners = distributed, attention_across_ranks, ops
-    assert all(any(hasattr(owner, name) for owner in owners) for name in names)
+    assert check(function, x, matrix, bias) == both("cross_entropy") | {"cross_entropy_finish"}
 
 
 def outcome(function, x, parameters):
@@ -264,9 +253,5 @@ def test_new_lengths_do_not_recompile():
 def test_every_registered_operator_is_checked():
     """Here, or, of those that communicate, on several ranks."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
-    files = (Path(__file__), Path(across_ranks.__file__))
-    checked = set(
-        re.findall(r"\b(?:check\(\s*\"|operators\.)(\w+)", "".join(f.read_text(encoding="utf-8") for f in files))
-    )
-    assert len(names) >= 17
-    assert names <= checked
+    here = both("attention") | both("add_norm") | both("activation") | both("cross_entropy") | {"cross_entropy_finish"}
+    assert names == here | set(OPERATORS)

@@ -1,0 +1,87 @@
+"""What the autograd Functions over kernels share: how a backward fails, and rows of channels in memory order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbf.autograd import Gradients, once_differentiable
+from fastbf.backend import unbuilt
+from fastbf.kernels.launch import BuildError
+from fastbf.kernels.limits import Limits, device_limits
+from fastbf.kernels.rows import Rows
+from fastbf.torch_state import traced_as_constant
+
+
+def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
+    """For the backward of a Function that serves ``op``: it runs once, and a kernel that cannot be built is named."""
+
+    def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+        @wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> Gradients:
+            try:
+                return backward(ctx, *grads)
+            except BuildError as error:
+                reason = unbuilt(op, grads[0].device, error)
+                raise RuntimeError(
+                    f"{reason} From now on backend='auto' takes PyTorch for {op}: run the step again."
+                ) from error
+
+        twice = f"the Triton kernels of {op} cannot be differentiated twice: use backend='torch', on one rank, for that"
+        return once_differentiable(twice)(run)
+
+    return decorate
+
+
+@traced_as_constant
+def limits_of(device: torch.device) -> Limits:
+    """What a device allows."""
+    return device_limits(device)
+
+
+def product_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """In which dtype the gradient of a weight of ``dtype`` leaves its product; it is rounded to others after that."""
+    return torch.float32 if dtype == torch.float32 else compute
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, whatever x's strides."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, each but once: ``torch.compile`` takes no Function that is given the same tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    again = [t is not None and any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
+    return tuple(t.view_as(t) if t is not None and repeated else t for t, repeated in zip(tensors, again, strict=True))
+
+
+def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def in_memory_order(x: Tensor) -> tuple[Tensor, Rows]:
+    """x (N, …, C) in its order in memory, as (N, L, C) or (L, N, C), contiguous, and which of them it is."""
+    samples, channels = x.shape[0], x.shape[-1]
+    x = x.reshape(samples, -1, channels)
+    position_major = not x.is_contiguous() and x.stride(0) < x.stride(1)
+    return (x.transpose(0, 1) if position_major else x).contiguous(), Rows(samples, x.shape[1], position_major)
+
+
+def as_rows(x: Tensor, rows: Rows) -> Tensor:
+    """x (N, …, C) as a matrix [R, C] in a given order, contiguous."""
+    x = x.reshape(rows.samples, rows.positions, x.shape[-1])
+    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.total, x.shape[-1]).contiguous()
+
+
+def from_rows(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
+    """A matrix in its order → (N, …, C), or twice as many samples, a view where … is one dimension."""
+    if not rows.position_major:
+        return matrix.view(-1, *shape[1:])
+    return matrix.view(rows.positions, -1, shape[-1]).transpose(0, 1).reshape(-1, *shape[1:])
