@@ -13,7 +13,7 @@ Layout, which every kernel shares::
     p = 0.5  column block = column // 128; word (column // 32) % 4; bit column % 32; keep where it is 1
     else     column block = column // 8;   word (column // 2) % 4;  half column % 2; keep where it is ≥ t
 
-t is :func:`threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and 2
+t is :func:`drop_threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and 2
 of the column change places with bits 3 and 4 first: the eight columns of a call are then those that one GPU thread
 holds of 32 in a tensor-core product, and it draws each number it needs once, in registers (``kernels/rng.py``).
 """
@@ -57,7 +57,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def threshold(p: float) -> int:
+def drop_threshold(p: float) -> int:
     """Of 65,536 equally likely values, how many mean "drop": the rate applied is this over 65,536."""
     return round(p * _ALL)
 
@@ -108,7 +108,7 @@ class Dropout:
         self, p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
     ) -> None:  # fmt: skip
         self.p: float = p
-        self.threshold: int = threshold(p)
+        self.threshold: int = drop_threshold(p)
         self.dtype: torch.dtype = dtype
         self.first: tuple[int, int, int] = first
         self.limit: float = self.threshold - _HALF - 0.5

@@ -21,7 +21,7 @@ from fastbf import checks
 from fastbf.backend import Choice, choose, give_up
 from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import Batch, Facts, meet, name_of, rank_and_size
-from fastbf.dropout import draw_seed, threshold
+from fastbf.dropout import draw_seed, drop_threshold
 from fastbf.reference import LayerOptions, LayerWeights, LossOptions
 from fastbf.torch_backend import attention, classifier, elementwise
 from fastbf.torch_backend import encoder_layer as layer
@@ -326,7 +326,7 @@ def _meet(
     dtype = autocast_dtype(x) or x.dtype
     roots = [x, weights.in_proj_weight, weights.in_proj_bias]
     roots += [weights.norm1_weight, weights.norm1_bias] if options.norm_first else []
-    numbers = options.num_heads, threshold(options.dropout_p)
+    numbers = options.num_heads, drop_threshold(options.dropout_p)
     facts = Facts("encoder_layer", dtype, differentiated(*roots), choice.backend, *numbers, x.shape[1:])
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
 

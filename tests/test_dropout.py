@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastbf.dropout import Dropout, Site, draw_seed, philox, round_keys, threshold
+from fastbf.dropout import Dropout, Site, draw_seed, philox, round_keys, drop_threshold
 
 SEED = -1234567890123456789
 LOW = 0xFFFFFFFF
@@ -33,7 +33,7 @@ def keeps_by_hand(p, seed, site, group, row, column):
     if p == 0.5:
         return words[column // 32 % 4] >> column % 32 & 1 == 1
     half = words[column // 2 % 4] >> 16 * (column % 2) & 0xFFFF
-    return half >= threshold(p)
+    return half >= drop_threshold(p)
 
 
 def draw(p, groups, rows, columns, *, seed=SEED, site=Site.ATTENTION, dtype=torch.float64):
@@ -67,7 +67,7 @@ def test_decisions_do_not_depend_on_how_they_are_cut(p):
 @pytest.mark.parametrize("p", [0.0001, 0.1, 0.3, 0.5, 0.9])
 def test_kept_values_are_scaled_by_the_rate_applied(p):
     values = draw(p, range(2), range(100), 100).unique().tolist()
-    applied = threshold(p) / 65536
+    applied = drop_threshold(p) / 65536
     assert all(v == 0 or v == pytest.approx(1 / (1 - applied), rel=1e-12) for v in values)
 
 
@@ -88,7 +88,7 @@ def test_p_one_gives_zeros():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_keep_rate_is_within_binomial_bounds(p):
     kept = (draw(p, range(8), range(256), 512) > 0).double()
-    n, keep = kept.numel(), 1 - threshold(p) / 65536
+    n, keep = kept.numel(), 1 - drop_threshold(p) / 65536
     assert abs(kept.mean().item() - keep) < 5 * math.sqrt(keep * (1 - keep) / n)
     for dims in ((0, 1), (0, 2), (1, 2)):
         part = kept.mean(dims)
@@ -98,7 +98,7 @@ def test_keep_rate_is_within_binomial_bounds(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_neighbours_sites_and_successive_seeds_are_uncorrelated(p):
-    keep = 1 - threshold(p) / 65536
+    keep = 1 - drop_threshold(p) / 65536
     base = (draw(p, range(4), range(256), 512) > 0).double() - keep
     others = {
         "row": base.roll(1, 1),
@@ -144,7 +144,7 @@ def test_rates_and_independence(p, seed):
     scores = dropout.scores((8, 128, 256), cpu) > dropout.limit
     sites = [dropout.elements(site, (128, 8, 256), cpu).movedim(0, 1) > dropout.limit for site in list(Site)[1:]]
     piece = dropout.scores((8, 128, 256), cpu, group=8) > dropout.limit
-    keep = 1 - threshold(p) / 65536
+    keep = 1 - drop_threshold(p) / 65536
     for drawn in (scores, piece, *sites):
         n, kept = drawn.numel(), drawn.sum().item()
         assert (kept - n * keep) ** 2 / (n * keep * (1 - keep)) < 25

@@ -70,7 +70,7 @@ class Facts(NamedTuple):
     backward: bool  #: whether a backward will send gradients
     backend: str  #: ranks must come to their collectives in the same order, also to those of others between them
     num_heads: int
-    dropout: int  #: ``fastbf.dropout.threshold``
+    dropout: int  #: ``fastbf.dropout.drop_threshold``
     shape: Sequence[int]  #: of a sample
 
     def numbers(self) -> list[int]:

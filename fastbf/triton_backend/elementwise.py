@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf.dropout import Site, threshold
+from fastbf.dropout import Site, drop_threshold
 from fastbf.kernels import activation as activation_kernels
 from fastbf.kernels import add_norm
 from fastbf.kernels.add_norm import Norm
@@ -34,14 +34,14 @@ class _AddNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, drop: int,
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, threshold: int,
         eps: float, dtype: torch.dtype, rows: Rows,
     ) -> Tensor:  # fmt: skip
         y, sums = empty_like(x, dtype), empty_like(x, torch.promote_types(x.dtype, residual.dtype))
-        drops = Drop(seed, int(Site.ATTENTION_OUTPUT), drop)
-        add_norm.forward(residual, rows, y=y, x=x, norm=Norm(weight, bias, eps), total=sums, drop=drops)
+        drop = Drop(seed, int(Site.ATTENTION_OUTPUT), threshold)
+        add_norm.forward(residual, rows, y=y, x=x, norm=Norm(weight, bias, eps), total=sums, drop=drop)
         ctx.save_for_backward(sums, weight, seed)
-        ctx.eps, ctx.drop, ctx.rows = eps, drop, rows
+        ctx.eps, ctx.threshold, ctx.rows = eps, threshold, rows
         ctx.dtypes = (x.dtype, residual.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
@@ -55,7 +55,7 @@ class _AddNorm(Function):
         partials = torch.empty(parts, 3 * channels, dtype=torch.float32, device=dy.device)
         add_norm.backward(
             dy.contiguous(), ctx.rows, norm=Norm(weight, None, ctx.eps, sums), ds=ds, dx=dx, partials=partials,
-            drop=Drop(seed, int(Site.ATTENTION_OUTPUT), ctx.drop),
+            drop=Drop(seed, int(Site.ATTENTION_OUTPUT), ctx.threshold),
         )  # fmt: skip
         of_norm = partials[:, channels:].sum(0).chunk(2)  # the weight's and the bias's
         grads = (dx, ds, *(g if dtype is None else g.to(dtype) for g, dtype in zip(of_norm, parameters, strict=True)))
@@ -67,19 +67,19 @@ class _Activation(Function):
     """drop(act(h)) of rows [R, F]. Saves its result with ReLU; h and the seed with GELU."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, activation: str, seed: Tensor | None, drop: int, rows: Rows) -> Tensor:
+    def forward(ctx: Any, h: Tensor, activation: str, seed: Tensor | None, threshold: int, rows: Rows) -> Tensor:
         u = empty_like(h)
-        activation_kernels.forward(h, rows, activation, u=u, drop=Drop(seed, int(Site.ACTIVATION), drop))
+        activation_kernels.forward(h, rows, activation, u=u, drop=Drop(seed, int(Site.ACTIVATION), threshold))
         ctx.save_for_backward(*((u, None) if activation == "relu" else (h, seed)))
-        ctx.activation, ctx.drop, ctx.rows = activation, drop, rows
+        ctx.activation, ctx.threshold, ctx.rows = activation, threshold, rows
         return u
 
     @staticmethod
     @by_kernels("activation_dropout")
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         saved, seed = ctx.saved_tensors
-        dh, drops = empty_like(du), Drop(seed, int(Site.ACTIVATION), ctx.drop)
-        activation_kernels.backward(du.contiguous(), saved, ctx.rows, ctx.activation, dh=dh, drop=drops)
+        dh, drop = empty_like(du), Drop(seed, int(Site.ACTIVATION), ctx.threshold)
+        activation_kernels.backward(du.contiguous(), saved, ctx.rows, ctx.activation, dh=dh, drop=drop)
         return dh, None, None, None, None
 
 
@@ -97,11 +97,11 @@ def dropout_add_layer_norm(
     matrix, rows = in_memory_order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
     tensors = distinct(matrix.view(rows.total, -1), as_rows(residual, rows), *dense(weight, bias))
-    return from_rows(_AddNorm.apply(*tensors, seed, threshold(dropout_p), eps, dtype, rows), rows, x.shape)
+    return from_rows(_AddNorm.apply(*tensors, seed, drop_threshold(dropout_p), eps, dtype, rows), rows, x.shape)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x)). x (N, …, F) → its shape."""
     matrix, rows = in_memory_order(x)
-    u = _Activation.apply(matrix.view(rows.total, -1), activation, seed, threshold(dropout_p), rows)
+    u = _Activation.apply(matrix.view(rows.total, -1), activation, seed, drop_threshold(dropout_p), rows)
     return from_rows(u, rows, x.shape)

@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     activation: str
     norm_first: bool
     eps: float
-    threshold: int  #: ``fastbf.dropout.threshold``
+    threshold: int  #: ``fastbf.dropout.drop_threshold``
     fork: str  #: what the plain half of the result holds, if that is a fork: "x", "plain", "input"; else ""
     compute: torch.dtype  #: of the matrix products
     norm: torch.dtype  #: of what a norm gives

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf.distributed.process_groups import Batch
-from fastbf.dropout import threshold
+from fastbf.dropout import drop_threshold
 from fastbf.kernels.launch import BuildError
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
@@ -118,7 +118,7 @@ def encoder_layer(
     layer = Layer(
         samples=rows.samples // 2 if forked else rows.samples, positions=rows.positions,
         position_major=rows.position_major, num_heads=options.num_heads, activation=options.activation,
-        norm_first=options.norm_first, eps=options.eps, threshold=threshold(options.dropout_p),
+        norm_first=options.norm_first, eps=options.eps, threshold=drop_threshold(options.dropout_p),
         fork="input" if forked else "plain" if other is not None else "" if plain is None else "x",
         compute=compute, norm=norm_dtype(x, torch.promote_types(x.dtype, compute)), batch=batch,
     )  # fmt: skip
