@@ -67,7 +67,7 @@ def _launch(on: torch.device) -> Callable[[], object]:
     """The kernel with the most arguments among the elementwise ones."""
     x, w = torch.randn(SMALL.shape, device=on), torch.ones(SMALL.c, device=on)
     y, rows = torch.empty_like(x), Rows(SMALL.n, 1, False)
-    return lambda: add_norm.forward(x, rows, y=y, norm=(w, w, 1e-5))
+    return lambda: add_norm.forward(x, rows, y=y, norm=add_norm.Norm(w, w, 1e-5))
 
 
 def _through_triton(kernel, programs, device, tensors, numbers, constants) -> None:

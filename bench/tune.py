@@ -64,16 +64,15 @@ def problem(case: Case, device: torch.device) -> tuple[Callable[[], None], list[
     q, k, v, o, do = (torch.randn(shape, device=device, dtype=DTYPES[case.itemsize]) for _ in range(5))
     # About what forward writes: random logits, of unit variance.
     lse = None if case.packed else torch.full((case.positions * HEADS, case.n), math.log2(case.n) + 0.72, device=device)
-    seed = torch.tensor([1], device=device)
-    numbers = {"scale": case.head_dim**-0.5, "threshold": THRESHOLD}
+    options = attention.Options(case.head_dim**-0.5, torch.tensor([1], device=device), THRESHOLD)
     if case.kernel.startswith("forward"):
         written = [o] if lse is None else [o, lse]
-        return lambda: attention.forward(q, k, v, seed, o=o, lse=lse, **numbers), written
-    grads = [torch.empty_like(q) for _ in range(3)]
+        return lambda: attention.forward(q, k, v, options, o=o, lse=lse), written
+    grads = attention.Gradients(*(torch.empty_like(q) for _ in range(3)))
     needs = (case.kernel != "backward_key_value", *2 * (case.kernel != "backward_query",))
-    given = (do, q, k, v, None if case.packed else o, lse, seed)
+    saved = attention.Inputs(q, k, v, None if case.packed else o, lse)
     written = [grad for grad, needed in zip(grads, needs, strict=True) if needed]
-    return lambda: attention.backward(*given, *grads, needs=needs, **numbers), written
+    return lambda: attention.backward(do, saved, options, grads, needs), written
 
 
 def _device() -> torch.device:

@@ -13,8 +13,8 @@ Layout, which every kernel shares::
     p = 0.5  column block = column // 128; word (column // 32) % 4; bit column % 32; keep where it is 1
     else     column block = column // 8;   word (column // 2) % 4;  half column % 2; keep where it is ≥ t
 
-t is :func:`drop_threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and 2
-of the column change places with bits 3 and 4 first: the eight columns of a call are then those that one GPU thread
+t is :func:`drop_threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and
+2 of the column change places with bits 3 and 4 first: the eight columns of a call are then those that one GPU thread
 holds of 32 in a tensor-core product, and it draws each number it needs once, in registers (``kernels/rng.py``).
 """
 
