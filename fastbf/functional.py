@@ -399,56 +399,22 @@ def _check_classifier(
 
 @overload
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    logit_bias: Tensor | None = None,
-    scale: float = 1.0,
-    reduction: str = "mean",
-    ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    stats: Literal[False] = False,
-    backend: str = "auto",
-) -> Tensor: ...
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, logit_bias: Tensor | None = None, scale: float = 1.0, reduction: str = "mean",
+    ignore_index: int | None = -100, label_smoothing: float = 0.0, stats: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    logit_bias: Tensor | None = None,
-    scale: float = 1.0,
-    reduction: str = "mean",
-    ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    stats: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, LossStats]: ...
-
-
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, logit_bias: Tensor | None = None, scale: float = 1.0, reduction: str = "mean",
+    ignore_index: int | None = -100, label_smoothing: float = 0.0, stats: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, LossStats]: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    logit_bias: Tensor | None = None,
-    scale: float = 1.0,
-    reduction: str = "mean",
-    ignore_index: int | None = -100,
-    label_smoothing: float = 0.0,
-    stats: bool,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, LossStats]: ...
-
-
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, logit_bias: Tensor | None = None, scale: float = 1.0, reduction: str = "mean",
+    ignore_index: int | None = -100, label_smoothing: float = 0.0, stats: bool, backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]: ...  # fmt: skip
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -96,18 +96,15 @@ class SharedClassifier(nn.Linear):
     @overload
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: Literal[False] = False
-    ) -> Tensor: ...
-
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: Literal[True]
-    ) -> tuple[Tensor, functional.LossStats]: ...
-
+    ) -> tuple[Tensor, functional.LossStats]: ...  # fmt: skip
     @overload
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool
-    ) -> Tensor | tuple[Tensor, functional.LossStats]: ...
-
+    ) -> Tensor | tuple[Tensor, functional.LossStats]: ...  # fmt: skip
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
     ) -> Tensor | tuple[Tensor, functional.LossStats]:
