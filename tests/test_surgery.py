@@ -43,6 +43,17 @@ def test_strip_of_a_batchformer_itself():
     assert not stripped.training
 
 
+def test_strip_of_modules_with_several_names_or_inside_others():
+    inner, outer = fastbf.BatchFormer(16), fastbf.BatchFormer(16)
+    outer.register_module("inner", inner)
+    shared = nn.Sequential(inner)
+    net = nn.ModuleDict({"a": shared, "b": shared, "c": inner, "outer": outer})
+    fastbf.strip(net)
+    assert not any(isinstance(m, fastbf.BatchFormer) for m in net.modules())
+    assert list(net) == ["a", "b", "c", "outer"]
+    assert net["a"] is net["b"]
+
+
 def test_stripped_models_export_and_trace():
     net, x = fastbf.strip(Net().eval()), torch.randn(4, 6)
     expected = net(x)

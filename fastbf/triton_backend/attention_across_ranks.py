@@ -25,15 +25,12 @@ from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.matmul import linear_into
 
 
-def forward(
-    normed: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, layer: Layer, saved: Saved
-) -> None:  # fmt: skip
+def forward(normed: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, saved: Saved) -> None:
     """Writes q, kv, o and lse of ``saved``.
 
     Args:
         normed: [R, C], what the product reads.
         weight: (3C, C), in its dtype, and the bias (3C,) or None.
-        seed: int64, one element; None only if nothing is dropped.
         layer: the call, with a batch.
         saved: what to write to.
     """
@@ -45,12 +42,12 @@ def forward(
     kv = torch.empty(normed.shape[0], 2 * channels, dtype=normed.dtype, device=normed.device)
     linear_into(normed, w_kv, b_kv, kv)
     kv, q, o = layer.by_sample(kv).contiguous(), layer.heads(saved.qkv), layer.heads(saved.o)
-    options, compiling = layer.options(channels, seed), torch.compiler.is_compiling()
+    options, compiling = layer.options(channels), torch.compiler.is_compiling()
     coming = None if compiling else _begin(kv, kept, batch)
     linear_into(normed, w_q, b_q, saved.qkv)
     if compiling:
         _triton_attention_across_ranks_forward(
-            q, kv, saved.kv, o, saved.lse, seed, options.scale, options.threshold, *batch
+            q, kv, kept, o, saved.lse, options.seed, options.scale, options.threshold, *batch
         )
     else:
         _attend(q, kept, o, saved.lse, options, batch, coming)
@@ -97,12 +94,12 @@ def _triton_attention_across_ranks_forward(
     _attend(q, kept, o, lse, Options(scale, seed, threshold), batch, _begin(kv, kept, batch))
 
 
-def backward(do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved, d_qkv: Tensor) -> Pending | None:
+def backward(do: Tensor, layer: Layer, saved: Saved, d_qkv: Tensor) -> Pending | None:
     """Writes the gradient of qkv: that of q at once, that of k and v, with :func:`finish`, when it has come.
 
     Args:
         do: [R, C], of o.
-        seed, layer, saved: as in :func:`forward`.
+        layer, saved: as in :func:`forward`.
         d_qkv: [R, 3C].
     """
     channels, batch, kv = do.shape[1], layer.batch, saved.kv
@@ -110,10 +107,10 @@ def backward(do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved, d_qkv:
     assert kv is not None
     d_q, d_kv = layer.by_sample(d_qkv).split([channels, 2 * channels], dim=-1)
     q, do, o, d_q = layer.heads(saved.qkv), layer.heads(do), layer.heads(saved.o), layer.split_heads(d_q)
-    options = layer.options(channels, seed)
+    options = layer.options(channels)
     if torch.compiler.is_compiling():
         numbers = options.scale, options.threshold
-        _triton_attention_across_ranks_backward(do, q, kv, o, saved.lse, d_q, d_kv, seed, *numbers, *batch)
+        _triton_attention_across_ranks_backward(do, q, kv, o, saved.lse, d_q, d_kv, options.seed, *numbers, *batch)
         return None
     return _gradients(do, (q, kv, o, saved.lse), d_q, d_kv, options, batch)
 

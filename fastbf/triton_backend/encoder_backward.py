@@ -103,9 +103,8 @@ class _Partials:
 
 
 def backward(
-    d_out: Tensor, x: Tensor, saved: Saved, f: Factors, seed: Tensor | None, layer: Layer, wanted: Wanted,
-    dtype: torch.dtype,
-) -> Gradients:  # fmt: skip
+    d_out: Tensor, x: Tensor, saved: Saved, f: Factors, layer: Layer, wanted: Wanted, dtype: torch.dtype
+) -> Gradients:
     """The gradients of one call.
 
     Args:
@@ -113,7 +112,6 @@ def backward(
         x: [R, C], as in forward.
         saved: what forward left.
         f: the weights that gradients flow through.
-        seed: as in forward.
         layer: the call.
         wanted: which gradients; at least one.
         dtype: of the gradients of weights and of in_proj_bias: fp32, or that of the products.
@@ -133,7 +131,7 @@ def backward(
 
     # drop + residual (+ norm): the end
     d_branch, ds2 = empty(), None
-    drop = layer.drop(Site.FEEDFORWARD_OUTPUT, seed)
+    drop = layer.drop(Site.FEEDFORWARD_OUTPUT)
     if norm_first:
         add_norm.backward(d_out, rows, dx=d_branch, partials=partials.take(channels), drop=drop)
     else:
@@ -149,7 +147,7 @@ def backward(
     dh, u = torch.mm(d_branch, f.linear2), saved.hidden
     if layer.activation != "relu":
         u = torch.empty_like(saved.hidden)
-    drop = layer.drop(Site.ACTIVATION, seed)
+    drop = layer.drop(Site.ACTIVATION)
     activation.backward(
         dh, saved.hidden, rows, layer.activation, dh=dh, u=u, partials=partials.take(width), drop=drop
     )  # fmt: skip
@@ -162,7 +160,7 @@ def backward(
 
     # norm and drop + residual between the two branches
     dz = torch.mm(dh, f.linear1)
-    drop, sums = layer.drop(Site.ATTENTION_OUTPUT, seed), partials.take(3 * channels)
+    drop, sums = layer.drop(Site.ATTENTION_OUTPUT), partials.take(3 * channels)
     norm = Norm(f.norm2 if norm_first else f.norm1, None, eps, saved.s1)
     if norm_first:
         ds1 = empty(saved.s1.dtype) if reach == 4 else None
@@ -182,9 +180,9 @@ def backward(
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
         d_qkv, do = torch.empty(x.shape[0], 3 * channels, dtype=layer.compute, device=x.device), d_branch @ f.out_proj
         if layer.batch is None:
-            _attention(do, seed, layer, saved, d_qkv)
+            _attention(do, layer, saved, d_qkv)
         else:
-            pending = attention_across_ranks.backward(do, seed, layer, saved, d_qkv)
+            pending = attention_across_ranks.backward(do, layer, saved, d_qkv)
     if wanted.out_proj_weight:
         grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
     attention_across_ranks.finish(pending, layer, d_qkv)
@@ -212,12 +210,12 @@ def backward(
     return grads._replace(x=dx, sums=partials.total())
 
 
-def _attention(do: Tensor, seed: Tensor | None, layer: Layer, saved: Saved, d_qkv: Tensor) -> None:
+def _attention(do: Tensor, layer: Layer, saved: Saved, d_qkv: Tensor) -> None:
     """Writes the gradient of qkv [R, 3C], given that of o [R, C]."""
     q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
     inputs = attention.Inputs(q, k, v, layer.heads(saved.o), saved.lse)
     grads = attention.Gradients(*split_qkv(layer.by_sample(d_qkv), layer.num_heads))
-    attention.backward(layer.heads(do), inputs, layer.options(do.shape[1], seed), grads)
+    attention.backward(layer.heads(do), inputs, layer.options(do.shape[1]), grads)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

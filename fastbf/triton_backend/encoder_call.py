@@ -23,7 +23,7 @@ from fastbf.triton_backend.encoder_weights import cast_size, needs_cast
 
 
 class Layer(NamedTuple):
-    """A call without its tensors.
+    """A call without its tensors but the seed, which an autograd Function is given by itself.
 
     ``fork`` is "x" where the plain half is x, "plain" where it is another matrix, and "input" where it is the plain
     half of a fork [2R, C] whose mixed half is x.
@@ -41,6 +41,7 @@ class Layer(NamedTuple):
     compute: torch.dtype  #: of the matrix products
     norm: torch.dtype  #: of what a norm gives
     batch: Batch | None  #: that the samples are a part of; None if they are all there are
+    seed: Tensor | None = None  #: int64, one element, on the device; None only if nothing is dropped
 
     @property
     def rows(self) -> Rows:
@@ -58,13 +59,13 @@ class Layer(NamedTuple):
             return False
         return not collectives.gathers(self.batch, 2 * channels * self.positions * self.compute.itemsize)
 
-    def options(self, channels: int, seed: Tensor | None) -> attention.Options:
+    def options(self, channels: int) -> attention.Options:
         """What attention does to its scores."""
-        return attention.Options((channels // self.num_heads) ** -0.5, seed, self.threshold)
+        return attention.Options((channels // self.num_heads) ** -0.5, self.seed, self.threshold)
 
-    def drop(self, site: Site, seed: Tensor | None) -> Drop:
+    def drop(self, site: Site) -> Drop:
         """What an elementwise kernel drops."""
-        return Drop(seed, int(site), self.threshold)
+        return Drop(self.seed, int(site), self.threshold)
 
     def halves(self, fork: Tensor) -> tuple[Tensor, ...]:
         """The plain and the mixed half of a fork [2R, C], as (N, L, C) in memory order, views."""

@@ -20,15 +20,14 @@ from fastbf.triton_backend.matmul import linear_into
 
 
 def forward(
-    x: Tensor, plain: Tensor | None, weights: LayerWeights, seed: Tensor | None, layer: Layer
-) -> tuple[Tensor, Saved]:
+    x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer
+) -> tuple[Tensor, Saved]:  # fmt: skip
     """The layer's result and what backward needs.
 
     Args:
         x: [R, C], contiguous.
         plain: what ``layer.fork`` says: of x's size for "plain", a fork [2R, C] for "input", contiguous; else None.
         weights: of the layer.
-        seed: int64, one element, on x's device; None only if nothing is dropped.
         layer: the call.
 
     Returns:
@@ -55,13 +54,13 @@ def forward(
         if layer.batch is None:
             linear_into(normed, w.in_proj_weight, w.in_proj_bias, saved.qkv)
             q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
-            attention.forward(q, k, v, layer.options(channels, seed), o=layer.heads(saved.o), lse=saved.lse)
+            attention.forward(q, k, v, layer.options(channels), o=layer.heads(saved.o), lse=saved.lse)
         else:
-            attention_across_ranks.forward(normed, w.in_proj_weight, w.in_proj_bias, seed, layer, saved)
+            attention_across_ranks.forward(normed, w.in_proj_weight, w.in_proj_bias, layer, saved)
         branch = torch.empty_like(saved.o)
         linear_into(saved.o, w.out_proj_weight, w.out_proj_bias, branch)
 
-        residual, copy, drop = saved.z, None, layer.drop(Site.ATTENTION_OUTPUT, seed)
+        residual, copy, drop = saved.z, None, layer.drop(Site.ATTENTION_OUTPUT)
         if layer.norm_first:
             add_norm.forward(x, rows, x=branch, total=saved.s1, y=saved.z, norm=norm2, drop=drop)
             residual = saved.s1
@@ -72,9 +71,9 @@ def forward(
 
         linear_into(saved.z, w.linear1_weight, w.linear1_bias, saved.hidden)
         u = saved.hidden if layer.activation == "relu" else torch.empty_like(saved.hidden)
-        activation.forward(saved.hidden, rows, layer.activation, u=u, drop=layer.drop(Site.ACTIVATION, seed))
+        activation.forward(saved.hidden, rows, layer.activation, u=u, drop=layer.drop(Site.ACTIVATION))
         linear_into(u, w.linear2_weight, w.linear2_bias, branch)
 
-        last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT, seed)
+        last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
         add_norm.forward(residual, rows, x=branch, total=saved.s2, y=out, norm=last, plain=plain, drop=drop)
     return out, saved

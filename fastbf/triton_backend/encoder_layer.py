@@ -58,7 +58,7 @@ class _EncoderLayer(Function):
         ctx.plain_dtype = None if plain is None else plain.dtype
         if layer.fork == "input":
             x, plain = layer.halves(x)[1].reshape(layer.rows.total, -1).contiguous(), x
-        out, saved = forward(x, plain, weights, seed, layer)
+        out, saved = forward(x, plain, weights, layer._replace(seed=seed))
         products = weights[:8:2] if saved.cast is None else (None,) * 4
         ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
         ctx.layer, ctx.width = layer, weights.linear1_weight.shape[0]
@@ -78,7 +78,7 @@ class _EncoderLayer(Function):
         if any(wanted):
             with no_autocast(x):
                 dtype = product_dtype(ctx.dtypes[0], layer.compute)
-                grads = backward(d_out, x, saved, factors, seed, layer, wanted, dtype)
+                grads = backward(d_out, x, saved, factors, layer._replace(seed=seed), wanted, dtype)
             found |= grads._asdict()
             if grads.sums is not None:
                 found |= _split(_cast_once(grads.sums, ctx.dtypes), layer.norm_first, x.shape[1], ctx.width)
