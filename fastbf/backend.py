@@ -50,7 +50,7 @@ def _found(package: str) -> bool:
     return find_spec(package) is not None
 
 
-@traced_as_constant  # and so no cache itself, through which a compiler would look
+@traced_as_constant  # a compiler would trace into a function with a cache
 def _installed() -> bool:
     return _found("triton")
 
@@ -71,7 +71,7 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 
 @cache
 def _tried(device: torch.device) -> str | None:
-    """As :func:`_gpu_obstacle`, found out once, and said in a warning if it is a surprise."""
+    """As :func:`_gpu_obstacle`, found out once; a warning says it if nobody can expect it."""
     if torch.version.hip is not None:
         return "the kernels' configurations are for NVIDIA GPUs."
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -80,7 +80,7 @@ def _tried(device: torch.device) -> str | None:
 
     try:
         probe(device)
-    except Exception as error:  # a compiler that is missing, a driver too old: whatever a build may raise
+    except Exception as error:  # of any kind: no C compiler, an old driver
         return _warned(f"Triton cannot build a kernel for {device}: {type(error).__name__}: {error}")
     return None
 
@@ -130,7 +130,7 @@ def _obstacle(
     elif op not in ("activation_dropout", "linear_cross_entropy"):
         channels = channels or x.shape[-1]
     if transformed():
-        return "a transform of torch.func looks on, and sees through PyTorch's operators only."
+        return "a transform of torch.func is active, which sees through PyTorch's operators only."
     if x.device.type == "cuda":
         obstacle = _gpu_obstacle(x.device)
         if obstacle is not None:

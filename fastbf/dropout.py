@@ -37,7 +37,7 @@ _ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-_threshold = torch.ops.aten.threshold_backward  # its first argument where the second passes the third, else 0
+_threshold = torch.ops.aten.threshold_backward  # the first argument where the second exceeds the third, else 0
 
 # Words are read as smaller integers in memory order.
 assert sys.byteorder == "little"
@@ -73,8 +73,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, T
 def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Philox's four words, int64 whose upper halves mean nothing."""
     for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
-        # The 64-bit products wrap like unsigned ones. What the next round multiplies is cut to 32 bits; what it only
-        # xors may keep its upper bits, which that cut removes.
+        # The 64-bit products wrap like unsigned ones. The next round multiplies c0 and c2, which are cut to 32 bits.
+        # It xors c1 and c3, whose upper bits the next cut removes.
         p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
         c0 = _xor(p1 >> 32, c1).bitwise_xor_(k0).bitwise_and_(_LOW)
         c2 = _xor(p0 >> 32, c3).bitwise_xor_(k1).bitwise_and_(_LOW)
@@ -119,7 +119,7 @@ class Dropout:
             self.table: Tensor = ((bits & 1) - 1).to(torch.int16)
         self.ahead: list[Tensor] = []
         self.traced: bool = traced()
-        #: A compiler or a transform looks on, and nobody asks for certain decisions: PyTorch's own dropout suits.
+        #: PyTorch's own dropout decides: a compiler or a transform is active, and no seed is given.
         self.plain: bool = seed is None and self.traced
 
     def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
@@ -147,7 +147,7 @@ class Dropout:
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
-        # Several of each 64-bit number, which generators are quickest at. One half needs but one bit of each.
+        # Generators are quickest at 64-bit numbers, which give several words each. A rate of 1/2 needs one bit a word.
         kind, each = (torch.int8, 8) if self.threshold == _HALF else (torch.int16, 4)
         numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)
         return numbers.view(kind)[:count].view(shape)
@@ -168,7 +168,7 @@ class Dropout:
         shape = torch.broadcast_shapes(group.shape, row.shape)
         swapped = self.threshold != _HALF and site == Site.ATTENTION
         per_call = 128 if self.threshold == _HALF else 8
-        # If swapped, four calls serve 32 columns, and the first of them alone the first few.
+        # If swapped, four calls serve 32 columns; up to eight columns need fewer calls.
         calls = min(-(-columns // 2), 4 * -(-columns // 32)) if swapped else -(-columns // per_call)
         block = torch.arange(calls, device=group.device) + first_column // per_call
         group, row = group[..., None], row[..., None]

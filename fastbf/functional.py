@@ -288,7 +288,7 @@ def encoder_layer(
     group = None if process_group is None else name_of(process_group)
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
-    if absent:  # others wait for what this rank computes, of nothing: a row stands in
+    if absent:  # the other ranks wait for this one: it computes with a row of zeros
         x, plain = _with_stand_in(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice, group))
@@ -304,7 +304,7 @@ def encoder_layer(
             out = kernels.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
             return out[:0] if absent else out
         except kernels.BuildError as error:
-            # Across ranks there is no second try on PyTorch, in which the others would not take part.
+            # Across ranks PyTorch does not take over: the other ranks would not take part.
             give_up(choice, "encoder_layer", x.device, error, final=not alone)
     out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
     return out[:0] if absent else out
@@ -331,7 +331,7 @@ def _meet(
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
 
 
-# What is known of tensors that have been looked at and fit: looking again at every call would cost as much as a launch.
+# Facts about tensors that fit each other. Checking them at every call costs as much as a launch.
 _sound: set[tuple[object, ...] | None] = set()
 
 

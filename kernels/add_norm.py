@@ -121,7 +121,7 @@ def add_norm_backward(
         p_partials += program.to(tl.int64) * stride
     if NORM and (IN_REGISTERS or not PARTIALS):
         weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    # Nothing moved out of the loop: what was would fill the registers and be spilled.
+    # Invariant code stays in the loop: outside it would fill the registers and spill.
     for start in tl.range(program * BM, rows, tl.num_programs(0) * BM, disable_licm=True):
         if PARTIALS and not IN_REGISTERS:
             tl.debug_barrier()  # the sums of the row before are in memory

@@ -33,9 +33,9 @@ STATS = 3
 
 _RUNTIME = ["rows", "first", "of_all", "targets", "pieces", "aligned_classes", "ignore_index"]
 PIECE = 16  #: bytes that one load takes
-# Eight rows: what is kept of each row, in every thread that shares it, spills where a tile holds many.
+# At most eight rows: every thread keeps numbers of each row of its tile, and more of them would spill.
 _TILE_ELEMENTS, _MAX_ROWS, _MAX_CLASSES, _WARPS = 2048, 8, 2048, 4
-#: A thread may use so many: told a number, ptxas does not spill a few values for the sake of more programs at a time.
+#: Of a thread. Without a limit, ptxas spills a few values to fit more programs on a multiprocessor.
 REGISTERS = 168
 
 
@@ -282,7 +282,7 @@ def cross_entropy_backward(
     mask = columns < K
     within = columns < stride
     sums = tl.zeros((BM, BC), tl.float32)
-    # As in add_norm_backward: what is moved out of the loop gets spilled.
+    # Invariant code stays in the loop, as in add_norm_backward: outside it would spill.
     for start in tl.range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM, disable_licm=True):
         index = start + tl.arange(0, BM)
         inside = index < rows
@@ -353,7 +353,7 @@ def _numbers(
 
 
 def _pointers(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    """The first tensor stands in for those that are not there, and is not read in their place."""
+    """The tensors; a kernel gets the first in place of each None, and does not read it there."""
     return first, *[first if t is None else t for t in others]
 
 

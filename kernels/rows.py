@@ -48,8 +48,9 @@ class Tile(NamedTuple):
 
     @property
     def maxnreg(self) -> int:
-        """Registers a thread may use, so that two programs of 8 warps share a processor: told a number, ptxas does not
-        spill a few values for the sake of more programs than that.
+        """Registers of a thread, few enough that two programs of 8 warps share a multiprocessor.
+
+        Without a limit, ptxas spills a few values to fit more programs than that.
         """
         return min(128, 2048 // self.num_warps)
 

@@ -1,7 +1,7 @@
 """Samples on their way between ranks: gathered, gathered in parts, and gradients on the way back.
 
 Tensors here hold samples along their first dimension and are contiguous; n of them are a rank's own, M all ranks'. A
-rank without samples has tensors of one row that stands in for none, and sends nothing.
+rank without samples has tensors of one row of zeros in place of none, and sends nothing.
 """
 
 from __future__ import annotations

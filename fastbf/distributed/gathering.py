@@ -59,7 +59,7 @@ def gather_batch(x: Tensor, batch: Batch, coming: Pending | None = None) -> Tens
     """All ranks' samples (M, …) of x (n, …).
 
     Args:
-        x: this rank's; of a rank without any, one row that stands in for none.
+        x: this rank's samples; one row of zeros if it has none.
         batch: whose samples; one at least.
         coming: the same, begun by :func:`begin`.
     """
@@ -72,7 +72,7 @@ def confirmed(x: Tensor, batch: Batch) -> Tensor:
         return x
     zero = x.new_zeros(())
     _confirm(zero, *batch)
-    return x + zero  # a compiler takes out what nothing depends on
+    return x + zero  # the result depends on the operator, so that a compiler keeps it
 
 
 def begin(x: Tensor, batch: Batch) -> Pending | None:
@@ -97,7 +97,7 @@ class _Gathered(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         own = grad.new_empty((ctx.batch.own, *grad.shape[1:]))
         _scatter_sum(grad.contiguous(), own, *ctx.batch)
-        if ctx.batch.own < ctx.samples:  # one row stands in for none
+        if ctx.batch.own < ctx.samples:  # this rank has no samples, and x is a row of zeros
             own = grad.new_zeros((ctx.samples, *grad.shape[1:]))
         return own, None, None
 

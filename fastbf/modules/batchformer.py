@@ -181,7 +181,7 @@ class BatchFormer(nn.Module):
             else:
                 fork = last.fork(x, forked=True) if self.forked else last.fork(x, plain=x)
             fork = _unflat(fork, features, dims)
-        else:  # writing the fork as the features lie spares a copy
+        else:  # the fork is written in the features' own layout, which saves a copy
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = reference.fork(plain, self._mix(stream, dims), dim=batch_dim)
         fork = layout.formatted(fork, features)

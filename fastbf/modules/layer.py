@@ -115,14 +115,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         if self._group is None:
             head_dim = None if reason else self.self_attn.head_dim
             backend = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
-            # Without dropout PyTorch's own inference path is the quickest there is in PyTorch.
+            # Without dropout PyTorch's own inference path is quicker than the fused layer on PyTorch.
             if reason is not None or (backend.backend == "torch" and not self.training):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
         x = src.transpose(0, 1) if along_batch else src
         out = functional.encoder_layer(x, *self._weights(), **self._options(), backend=backend)
         out = out.transpose(0, 1) if along_batch else out
-        # A norm ends the parent's layer, and gives what is contiguous, or a sum that begins with src.
+        # The parent's result is contiguous if a norm ends it. Else it has the strides of a sum that begins with src.
         return layout.like(out, src) if self.norm_first else out.contiguous()
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
@@ -135,7 +135,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             options = self._options()
             return functional.encoder_layer(x, *weights, **options, plain=plain, forked=forked, backend=self.backend)
         if forked:
-            plain, x = x.chunk(2)
+            plain, x = x.tensor_split(2)
         mixed = self(x)
         return mixed if plain is None else reference.fork(plain, mixed)
 

@@ -29,7 +29,7 @@ def _outermost_first(strides: Sequence[int]) -> list[int]:
 
 def formatted(x: Tensor, source: Tensor) -> Tensor:
     """x in source's memory format, channels last or contiguous, as ``torch.cat`` gives it."""
-    # By strides: transforms of torch.func do not tell memory formats.
+    # Strides decide, because transforms of torch.func hide memory formats.
     if source.dim() in (4, 5) and not source.is_contiguous() and source.movedim(1, -1).is_contiguous():
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()

@@ -30,9 +30,9 @@ from fastbf.torch_state import autocast_dtype, no_autocast
 
 #: Scores worked on at a time: on a CPU, and on a GPU, where it bounds memory while every launch fills the machine.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
-#: Bytes of probabilities that a call keeps for backward; of more it keeps none.
+#: A call keeps up to so many bytes of probabilities for backward, or none.
 KEPT_BYTES = 128 << 20
-#: Up to so many scores PyTorch's operators under autograd are quickest.
+#: PyTorch's operators under autograd are quickest up to so many scores.
 WHOLE = 1 << 17
 
 _aten = torch.ops.aten
@@ -124,7 +124,7 @@ def backward(
         q_piece, do_piece, k_group, dk_group, dv_group = q[group, row], do[group, row], k[group], dk[group], dv[group]
         ds, room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
         weights = call.weights(q_piece, k_group, group, row, spare, room) if kept is None else kept[group, row]
-        add = float(row.start > 0)  # to what other rows of the group have given dk and dv
+        add = float(row.start > 0)  # 1 adds to the sums over earlier rows of the group
         scaled_bmm(do_piece, v[group].mT, call.kept_scale, out=ds)
         _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
         dropped = torch.clamp_min(weights, 0, out=room)
@@ -166,7 +166,7 @@ class _Attention(Function):
 
 def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
     """The gradients with a graph of their own: those of the formula."""
-    # Aliases: where one input was computed from another, only the direct dependence is wanted here.
+    # Views, because one input may be computed from another and only the direct dependence counts.
     qkv = [t.view_as(t) for t in qkv]
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     scale, dropout = ctx.call

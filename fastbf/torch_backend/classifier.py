@@ -21,11 +21,11 @@ from fastbf.reference import LossOptions
 from fastbf.torch_backend.matmul import linear, mm
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
 
-# A matrix product has so many rows at least.
+# Rows of a matrix product, at least.
 _MIN_ROWS = 512
 # Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
 KEEP_LOGITS_BYTES = 1 << 30
-# Up to this many logits PyTorch's own operators are quickest.
+# PyTorch's own operators are quickest up to so many logits.
 SMALL = 1 << 19
 
 
@@ -104,7 +104,7 @@ class _LinearCrossEntropy(Function):
             z = linear(x[r.start : r.stop], linear_weight, linear_bias)
             _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
             kept = z if keep else None
-            del z  # gone before the next product takes its room
+            del z  # frees its memory before the next product
         ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, targets.target, targets.weight, kept)
         ctx.targets, ctx.scale = targets, scale
         ctx.mark_non_differentiable(correct)
@@ -183,7 +183,7 @@ def _differentiable(
     inputs: Sequence[Any], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
 ) -> Iterator[Tensor | None]:
     """The gradients with a graph of their own: those of the reference."""
-    # Aliases: where one input was computed from another, only the direct dependence is wanted here.
+    # Views, because one input may be computed from another and only the direct dependence counts.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, linear_weight, linear_bias, logit_bias = inputs
     target = targets.target if len(x) == len(targets.target) else torch.cat([targets.target, targets.target])
@@ -261,7 +261,7 @@ def linear_cross_entropy(
             )  # fmt: skip
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
     each = norm.sum()  # of a stream
-    each = torch.where(each == 0, torch.nan, each)  # nothing counts, though smoothing may have left a loss
+    each = torch.where(each == 0, torch.nan, each)  # NaN if no row counts, even where smoothing leaves a loss
     result = loss.view(rows) if reduction == "none" else loss.sum()
     result = (result / (each * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)
     if not stats:

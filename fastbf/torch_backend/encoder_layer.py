@@ -21,7 +21,7 @@ from fastbf.torch_backend.elementwise import activate, add_dropped
 from fastbf.torch_backend.matmul import linear
 from fastbf.torch_state import autocast_dtype
 
-# Up to so many words of a call are drawn at once.
+# A call of up to so many words draws all of them at once.
 _SMALL = 1 << 16
 
 

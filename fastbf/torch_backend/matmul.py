@@ -21,7 +21,7 @@ from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
-# Multiplications in a product from which oneDNN is quicker.
+# oneDNN is quicker for products of so many multiplications or more.
 _LARGE = 2e7
 
 

@@ -30,7 +30,7 @@ __all__ = ["BuildError", "linear_cross_entropy"]
 #: Shares of the device's memory: how much the logits that are kept for backward may take (5 GiB of 80), and how much of
 #: logits, or of their gradient, is made at a time (1.25 GiB).
 KEPT, CHUNK = 1 / 16, 1 / 64
-#: A chunk has so many rows at least: each one reads the whole weight, and adds to the whole of its gradient.
+#: Rows of a chunk, at least: each chunk reads the whole weight and adds to its whole gradient.
 MIN_ROWS = 512
 
 
@@ -175,7 +175,7 @@ def backward(
     chunks = [slice(0, x.shape[0])] if in_place else _chunks(x, num_classes)
     room = kept if in_place else _buffer(x, num_classes, chunks[0].stop)
     if in_place:
-        increment_version(kept)  # should this fail half-way, autograd knows that they are gone
+        increment_version(kept)  # if this fails half-way, autograd knows that they are overwritten
     with no_autocast(x):
         for rows in chunks:
             dz = room[: rows.stop - rows.start, :num_classes]
@@ -190,7 +190,7 @@ def backward(
             if dx is not None:
                 product_into(dz, matrix, dx[rows])
             if wanted.matrix and d_matrix is None:
-                # What several chunks add up is fp32 until it is whole.
+                # The sum over several chunks is kept in fp32.
                 d_matrix = weight_gradient(dz, x[rows], dtypes[1] if len(chunks) == 1 else torch.float32)
             elif d_matrix is not None:
                 add_weight_gradient(d_matrix, dz, x[rows])
@@ -213,7 +213,7 @@ class _Classifier(Function):
         ctx.save_for_backward(*made[2:], target, bias, weight, logit_bias)
         ctx.head, ctx.dtypes = head, [None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)]
         ctx.mark_non_differentiable(made.stats)
-        ctx.set_materialize_grads(False)  # zeros for them would be a launch
+        ctx.set_materialize_grads(False)  # zeros for the statistics would cost a launch
         return made.loss, made.stats
 
     @staticmethod

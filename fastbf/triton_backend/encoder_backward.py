@@ -173,9 +173,9 @@ def backward(
         )  # fmt: skip
     if reach < 3:
         return grads._replace(sums=partials.total())
-    del dh, dz, u, ds2  # attention's backward needs the room
+    del dh, dz, u, ds2  # frees memory for attention's backward
 
-    # attention; across ranks, gradients of keys and values travel while the output projection's is computed
+    # attention; across ranks the gradients of keys and values travel during the next product
     d_qkv = pending = None
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
         d_qkv, do = torch.empty(x.shape[0], 3 * channels, dtype=layer.compute, device=x.device), d_branch @ f.out_proj
@@ -183,6 +183,7 @@ def backward(
             _attention(do, layer, saved, d_qkv)
         else:
             pending = attention_across_ranks.backward(do, layer, saved, d_qkv)
+        del do
     if wanted.out_proj_weight:
         grads = grads._replace(out_proj_weight=weight_gradient(d_branch, saved.o, dtype))
     attention_across_ranks.finish(pending, layer, d_qkv)

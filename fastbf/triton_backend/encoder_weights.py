@@ -13,7 +13,7 @@ from fastbf.reference import LayerWeights
 from fastbf.torch_state import copy_all
 
 _ALIGNMENT = 8  # elements: every cast tensor starts at a multiple of 16 bytes
-_LINEAR = 8  # of a layer's tensors are the linear layers', the others the norms'
+_LINEAR = 8  # tensors of the linear layers; those of the norms follow
 
 
 def needs_cast(weights: LayerWeights, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · weightᵀ + bias."""
-    if torch.compiler.is_compiling():  # which takes no ``out`` with gaps between rows, and needs none
+    if torch.compiler.is_compiling():  # it refuses an ``out`` with gaps between rows, and plans memory itself
         out.copy_(F.linear(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
