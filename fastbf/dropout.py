@@ -97,7 +97,7 @@ class Dropout:
     """The decisions of one call, as words: numbers of which those above ``limit`` are kept, and scaled by ``scale``.
 
     Args:
-        p: probability of dropping, in [0, 1].
+        dropout_p: probability of dropping, in [0, 1].
         seed: int64 tensor of one element on the device of the words, never read on the host; or None, and the words
             come from the default generator, as quickly as it gives them, in the order in which they are asked for.
         dtype: of multipliers.
@@ -105,10 +105,10 @@ class Dropout:
     """
 
     def __init__(
-        self, p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
+        self, dropout_p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
     ) -> None:  # fmt: skip
-        self.p: float = p
-        self.threshold: int = drop_threshold(p)
+        self.dropout_p: float = dropout_p
+        self.threshold: int = drop_threshold(dropout_p)
         self.dtype: torch.dtype = dtype
         self.first: tuple[int, int, int] = first
         self.limit: float = self.threshold - _HALF - 0.5
@@ -202,7 +202,7 @@ def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
     """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D)."""
     shape = (*q.shape[1:-1], q.shape[0], num_keys)
     if dropout.plain:
-        return F.dropout(torch.ones(shape, dtype=dropout.dtype, device=q.device), dropout.p)
+        return F.dropout(torch.ones(shape, dtype=dropout.dtype, device=q.device), dropout.dropout_p)
     words = dropout.scores((math.prod(shape[:-2]), *shape[-2:]), q.device)
     return dropout.as_multiplier(words).view(shape)
 

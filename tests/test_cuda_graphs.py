@@ -22,6 +22,7 @@ stands_in = pytest.mark.skipif(CUDA, reason="only the stand-in draws what eager 
 def stand_in(function, sample_args, allow_unused_input=False):
     """What ``torch.cuda.make_graphed_callables`` gives: inputs, results and gradients at fixed places in memory."""
     assert allow_unused_input
+    assert not (torch.is_autocast_enabled(DEVICE.type) and torch.is_autocast_cache_enabled())
     wanted = [x for x in sample_args if x.requires_grad]
     results, rebuild = flattened(function(*sample_args))
     places = [x.detach().clone() for x in results]

@@ -190,7 +190,7 @@ def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) ->
         return torch.bmm(dropout.keep(weights, dropout.scores(shape, q.device)), v).mul_(dropout.scale)
     keep = keep and math.prod(shape) * dtype.itemsize <= KEPT_BYTES
     if not keep and dropout.keys is None:
-        dropout = Dropout(dropout.p, draw_seed(q.device), dtype)
+        dropout = Dropout(dropout.dropout_p, draw_seed(q.device), dtype)
     return _Attention.apply(scale, dropout, keep and torch.is_grad_enabled(), *qkv)
 
 

@@ -14,7 +14,7 @@ def _kept(x: Tensor, dropout: Dropout | None, site: Site) -> tuple[Tensor, float
     if dropout is None or x.numel() == 0:
         return x, 1.0
     if dropout.plain:
-        return F.dropout(x, dropout.p), 1.0
+        return F.dropout(x, dropout.dropout_p), 1.0
     return dropout.keep(x, dropout.elements(site, x.shape, x.device)), dropout.scale
 
 
