@@ -29,8 +29,7 @@ def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Ca
                 return found
             # create_graph=True: autograd records what is done with these gradients.
             leaves = (None if grad is None else grad.detach().requires_grad_() for grad in found)
-            refusing: Gradients = _Refusing.apply(refusal, *leaves)
-            return refusing
+            return _Refusing.apply(refusal, *leaves)
 
         return run
 

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: the one place where that is decided (docs/design.md)."""
+"""Which backend serves a call, and why. Nothing else decides it (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 512
 MAX_CHANNELS = 8192
 
-#: The public ops of fastbf.functional, and what their Triton kernels do.
+#: The public ops of fastbf.functional, and the reason for their kernels where these serve.
 OPS = {
     "batch_attention": "a Triton kernel covers batch_attention for these tensors.",
     "dropout_add_layer_norm": "a Triton kernel covers dropout_add_layer_norm for these tensors.",
@@ -32,10 +32,15 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
-    requested: str = "auto"  #: what the caller asked for
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
+
+
+# Where kernels serve a call: chosen by "auto", and asked for by "triton". Which of two equal objects it is tells them
+# apart, so that a choice that is handed down stays the pair that :func:`explain` returns.
+_CHOSEN = {op: Choice("triton", reason) for op, reason in OPS.items()}
+_ASKED_FOR = {op: Choice("triton", reason) for op, reason in OPS.items()}
 
 
 def check_backend(backend: str) -> str:
@@ -45,12 +50,12 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-@cache  # a search of the file system
+@cache  # find_spec searches the file system
 def _found(package: str) -> bool:
     return find_spec(package) is not None
 
 
-@traced_as_constant  # a compiler would trace into a function with a cache
+@traced_as_constant  # a compiler traces into functions with a cache
 def _installed() -> bool:
     return _found("triton")
 
@@ -65,13 +70,13 @@ def _interpreted() -> bool:
 
 @traced_as_constant
 def _gpu_obstacle(device: torch.device) -> str | None:
-    """Why kernels cannot run on a GPU, whatever the call."""
+    """Why no kernel can run on a GPU; None if kernels can."""
     return _tried(device)
 
 
 @cache
 def _tried(device: torch.device) -> str | None:
-    """As :func:`_gpu_obstacle`, found out once; a warning says it if nobody can expect it."""
+    """As :func:`_gpu_obstacle`, tried once a device. Warns if a kernel cannot be built there."""
     if torch.version.hip is not None:
         return "the kernels' configurations are for NVIDIA GPUs."
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -80,7 +85,7 @@ def _tried(device: torch.device) -> str | None:
 
     try:
         probe(device)
-    except Exception as error:  # of any kind: no C compiler, an old driver
+    except Exception as error:  # any kind: no C compiler, an old driver
         return _warned(f"Triton cannot build a kernel for {device}: {type(error).__name__}: {error}")
     return None
 
@@ -89,18 +94,18 @@ _failed: dict[tuple[str, torch.device], str] = {}
 
 
 def unbuilt(op: str, device: torch.device, error: Exception) -> str:
-    """That a kernel of ``op`` could not be built, in a sentence; from now on "auto" takes PyTorch for it there."""
+    """Makes "auto" take PyTorch for ``op`` on a device whose kernel could not be built; returns the reason."""
     reason = _failed[op, device] = f"a Triton kernel of {op} could not be built, {error}."
     return reason
 
 
 def give_up(choice: Choice, op: str, device: torch.device, error: Exception, *, final: bool = False) -> None:
-    """Lets PyTorch serve a call whose kernel could not be built, with a warning; from now on "auto" takes it there.
+    """Warns that a kernel could not be built, and makes "auto" take PyTorch for ``op`` on this device.
 
     Raises:
         Exception: ``error``, where the caller asked for "triton", a compiler traces the call, or the choice is final.
     """
-    if final or choice.requested == "triton" or torch.compiler.is_compiling():
+    if final or choice is _ASKED_FOR[op] or torch.compiler.is_compiling():
         raise error
     _warned(unbuilt(op, device, error))
 
@@ -117,7 +122,7 @@ def _not_on_a_gpu(op: str, x: Tensor) -> str:
 def _obstacle(
     op: str, tensors: tuple[Tensor, ...], head_dim: int | None, channels: int | None, interpreter: bool
 ) -> str | None:
-    """Why no Triton kernel can serve the call; None if one can. ``interpreter`` is whether CPU tensors may go there."""
+    """Why no Triton kernel can serve the call; None if one can. ``interpreter``: whether CPU tensors may be served."""
     if tensors and tensors[0].device.type != "cuda" and not interpreter:
         return _not_on_a_gpu(op, tensors[0])
     if not _installed():
@@ -159,13 +164,13 @@ def choose(
     channels: int | None = None,
     obstacle: str | None = None,
 ) -> Choice:
-    """The backend for one call of ``op`` on ``tensors``, of whose shapes the first one's counts.
+    """The backend for one call of ``op`` on ``tensors``. The first one's shape counts.
 
     Args:
-        backend: what the caller asks for, or the choice that was made already.
+        backend: what the caller asks for, or a choice, which is returned.
         head_dim: of an encoder layer, if known.
         channels: of an encoder layer, if they are not the first tensor's last dimension.
-        obstacle: why the caller itself rules out a kernel.
+        obstacle: why the caller rules out kernels, if it does.
 
     Raises:
         ValueError: an unknown backend, or "triton" for a call that no kernel covers; the message says why.
@@ -174,10 +179,10 @@ def choose(
         return backend
     check_backend(backend)
     if backend == "torch":
-        return Choice("torch", "backend='torch' was asked for.", backend)
+        return Choice("torch", "backend='torch' was asked for.")
     obstacle = obstacle or _obstacle(op, tensors, head_dim, channels, interpreter=backend == "triton")
     if obstacle is None:
-        return Choice("triton", OPS[op], backend)
+        return (_CHOSEN if backend == "auto" else _ASKED_FOR)[op]
     if backend == "triton":
         raise ValueError(f"backend='triton' cannot serve this call: {obstacle}")
     return Choice("torch", obstacle)

@@ -1,11 +1,11 @@
-"""The keep decisions of dropout, in PyTorch: a pure function of (seed, site, position, head, row, column).
+"""Dropout's decisions, in PyTorch: a pure function of (seed, site, position, head, row, column).
 
-Counter-based (Philox4x32-7: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), so a
-decision never depends on how a tensor is cut into chunks, is the same on every device, and can be drawn again
-in backward instead of being stored: at p = 0.5 one Philox call of 128 bits decides for 128 elements, else for 8.
-Where nobody needs that, PyTorch's default generator gives as many bits in less time, and the rest is the same.
+Philox4x32-7 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is counter-based. A decision does
+not depend on how a tensor is cut into chunks, is the same on every device, and is drawn again in backward instead of
+being stored. One Philox call of 128 bits decides for 128 elements at p = 0.5, for 8 at other rates. Without a seed the
+words come from PyTorch's default generator, which is quicker.
 
-Layout, which every kernel shares::
+The layout, which kernels share::
 
     key      low and high half of the seed
     counter  (column block, row, low half of group, high half of group · 4 + site)
@@ -13,9 +13,9 @@ Layout, which every kernel shares::
     p = 0.5  column block = column // 128; word (column // 32) % 4; bit column % 32; keep where it is 1
     else     column block = column // 8;   word (column // 2) % 4;  half column % 2; keep where it is ≥ t
 
-t is :func:`drop_threshold`; p = 0.5 means every p whose t is half of 65,536. In attention, and with 16 bits, bits 1 and
-2 of the column change places with bits 3 and 4 first: the eight columns of a call are then those that one GPU thread
-holds of 32 in a tensor-core product, and it draws each number it needs once, in registers (``kernels/rng.py``).
+t is :func:`drop_threshold`, and p = 0.5 means every p whose t is 32,768. In attention with p ≠ 0.5, bits 1 and 2 of the
+column first change places with bits 3 and 4. The eight columns of a call are then those that one GPU thread holds of
+32 in a tensor-core product, so that it draws each number that it needs once, in registers (``kernels/rng.py``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 _threshold = torch.ops.aten.threshold_backward  # the first argument where the second exceeds the third, else 0
 
-# Words are read as smaller integers in memory order.
+# Views of words as smaller integers have this order.
 assert sys.byteorder == "little"
 
 
@@ -58,7 +58,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """Of 65,536 equally likely values, how many mean "drop": the rate applied is this over 65,536."""
+    """How many of 65,536 equally likely 16-bit values mean "drop". The rate applied is this over 65,536."""
     return round(p * _ALL)
 
 
@@ -71,10 +71,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, T
 
 
 def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Philox's four words, int64 whose upper halves mean nothing."""
+    """The four words of a Philox call, int64 whose upper halves are undefined."""
     for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
-        # The 64-bit products wrap like unsigned ones. The next round multiplies c0 and c2, which are cut to 32 bits.
-        # It xors c1 and c3, whose upper bits the next cut removes.
+        # The 64-bit products wrap like unsigned ones. c0 and c2 are cut to 32 bits, because the next round multiplies
+        # them. c1 and c3 keep their upper bits, which the next round cuts off.
         p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
         c0 = _xor(p1 >> 32, c1).bitwise_xor_(k0).bitwise_and_(_LOW)
         c2 = _xor(p0 >> 32, c3).bitwise_xor_(k1).bitwise_and_(_LOW)
@@ -94,14 +94,14 @@ def round_keys(seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Dropout:
-    """The decisions of one call, as words: numbers of which those above ``limit`` are kept, and scaled by ``scale``.
+    """The decisions of one call, as words. An element whose word exceeds ``limit`` is kept, and scaled by ``scale``.
 
     Args:
         dropout_p: probability of dropping, in [0, 1].
-        seed: int64 tensor of one element on the device of the words, never read on the host; or None, and the words
-            come from the default generator, as quickly as it gives them, in the order in which they are asked for.
+        seed: int64 tensor of one element on the device of the words, never read on the host. None takes words from the
+            default generator, in the order of calls.
         dtype: of multipliers.
-        first: where attention's groups, the samples and attention's keys begin in the call that ``seed`` is for.
+        first: indices of the first group, sample and key of attention among those that ``seed`` is for.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Dropout:
         self.plain: bool = seed is None and self.traced
 
     def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
-        """Words of a piece of attention's scores, (groups, queries, keys), that begins at a group and a row."""
+        """Words of a piece of attention's scores, (groups, queries, keys), which begins at a group and a row."""
         if self.keys is None:
             return self.ahead.pop() if self.ahead else self._drawn(shape, device)
         group, row = group + self.first[0], row + self.first[1]
@@ -140,20 +140,20 @@ class Dropout:
         return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
 
     def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
-        """Draws from the default generator, at once, what is asked for next: fewer calls, for small shapes."""
+        """Draws the words of the next calls from the default generator at once, which is quicker for small shapes."""
         sizes = [math.prod(shape) for shape in shapes]
         parts = self._drawn((sum(sizes),), device).split_with_sizes(sizes)
         self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
-        # Generators are quickest at 64-bit numbers, which give several words each. A rate of 1/2 needs one bit a word.
+        # Generators are quickest at 64-bit numbers, which hold several words each. At p = 0.5 a byte is a word.
         kind, each = (torch.int8, 8) if self.threshold == _HALF else (torch.int16, 4)
         numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)
         return numbers.view(kind)[:count].view(shape)
 
     def words(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
-        """The words that the seed gives every column of the given rows.
+        """The words of all columns of the given rows, from the seed.
 
         Args:
             site: where in the layer.
@@ -181,20 +181,20 @@ class Dropout:
             byte = words.view(torch.uint8)[..., : -(-columns // 8)]
             words = self.table.index_select(0, byte.flatten().to(torch.int32))
             return words.view(*shape, byte.shape[-1] * 8)[..., :columns]
-        return words.view(torch.int16)[..., :columns] ^ -_HALF  # unsigned numbers, in their order
+        return words.view(torch.int16)[..., :columns] ^ -_HALF  # keeps the order of unsigned numbers
 
     def keep(self, x: Tensor, words: Tensor) -> Tensor:
-        """x where kept, else 0; not scaled. Differentiable, and a single pass, vectorised on CPUs."""
+        """x with zeros where dropped, not scaled. Differentiable, and one vectorised pass on CPUs."""
         if x.dtype.itemsize < 4:  # too narrow to hold a word
             return _threshold(x.float(), words.float(), self.limit).to(x.dtype)
         return _threshold(x, words, self.limit)
 
     def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
-        """As :meth:`words`, but what dropout multiplies by: 0 where dropped, ``scale`` where kept, in ``dtype``."""
+        """:meth:`as_multiplier` of :meth:`words`."""
         return self.as_multiplier(self.words(site, group, row, columns, first_column))
 
     def as_multiplier(self, words: Tensor) -> Tensor:
-        """0 where dropped, ``scale`` where kept, in ``dtype``."""
+        """What dropout multiplies by: 0 where dropped, ``scale`` where kept, in ``dtype``."""
         return (words > self.limit).to(self.dtype).mul_(self.scale)
 
 

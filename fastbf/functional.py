@@ -1,9 +1,9 @@
 """The public functions: argument checks, choice of backend, dispatch.
 
-N is the batch length, the sequence that attention runs over; H heads of D channels; C = H · D; F the feed-forward
-width; K classes; "…" any number of position dimensions, none for plain features. All tensors of a call live on
-one device. ``backend`` is "auto", "triton" or "torch" (:func:`fastbf.explain` tells which one serves a call, and
-why); an explicit "triton" that no kernel covers raises ValueError.
+N is the batch length, which attention runs along. There are H heads of D channels, and C = H · D. F is the feed-forward
+width, K the number of classes, "…" any number of position dimensions. All tensors of a call are on one device.
+``backend`` is "auto", "triton" or "torch"; "triton" raises ValueError for a call that no kernel covers.
+:func:`fastbf.explain` tells which backend serves a call, and why.
 
 Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense features: BatchFormerV2
 (arXiv 2204.01254).
@@ -31,19 +31,19 @@ ACTIVATIONS = ("relu", "gelu")
 
 
 class LossStats(NamedTuple):
-    """What a forked loss tells of its two streams; detached, on the device of the loss.
+    """Loss and accuracies of each stream; detached, on the device of the loss.
 
-    Shape (2,) each, the plain stream first, if the input was a fork, else (1,). The loss sees logits with
-    ``logit_bias``, which is what ``class_counts`` become; predictions are made without it.
+    Each has shape (2,), the plain stream first, if the input is a fork, else (1,). The loss sees logits with
+    ``logit_bias``, the logarithm of ``class_counts`` in a classifier; predictions are made without it.
     """
 
     loss: Tensor  #: mean loss of the stream's rows, weighted as reduction="mean" weighs them; NaN if all are ignored
-    accuracy: Tensor  #: share of the rows that count whose largest logit, logit_bias included, is the target's class
-    unadjusted_accuracy: Tensor  #: likewise without logit_bias: the accuracy of predictions, the one to report
+    accuracy: Tensor  #: share of the counted rows whose largest logit, logit_bias included, is the target's class
+    unadjusted_accuracy: Tensor  #: the same without logit_bias: the accuracy of predictions, the one to report
 
 
 def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, needed: bool) -> Tensor | None:
-    """As a tensor. One is drawn if ``needed``; else None says that PyTorch's default generator decides directly."""
+    """The seed as a tensor, drawn if ``needed``; None if nothing is dropped or the default generator decides."""
     if seed is None:
         return draw_seed(device) if p and needed else None
     checks.seed(seed, device)
@@ -53,7 +53,7 @@ def _as_seed(seed: int | Tensor | None, p: float, device: torch.device, needed: 
 
 
 def _needs_seed(choice: Choice, group: str | None = None) -> bool:
-    """Whether decisions must be a function of a seed and of places: on kernels, and in a group that shares a batch."""
+    """Whether decisions must be a function of a seed: on kernels, and where several ranks share a batch."""
     return choice.backend == "triton" or group is not None
 
 
@@ -69,9 +69,9 @@ def batch_attention(
 ) -> Tensor:
     """Attention of samples to samples: drop(softmax(scale · q kᵀ)) v along the first dimension.
 
-    Every position and head is a problem of its own. The Triton backend takes fp32, fp16 and bf16 with D a multiple of 8
-    up to 512, copies inputs whose rows do not start at multiples of 16 bytes, stores nothing of size N × M, gives the
-    same bits for the same seed, and cannot be differentiated twice. Elsewhere (fp64, other D, transforms of
+    Each position and head is a separate problem. The Triton backend takes fp32, fp16 and bf16 with D a multiple of 8 up
+    to 512. It copies inputs whose rows do not start at multiples of 16 bytes, stores nothing of size N × M, gives the
+    same bits for the same seed, and cannot be differentiated twice. For other calls (fp64, other D, transforms of
     ``torch.func``) "auto" takes PyTorch.
 
     Args:
@@ -233,33 +233,33 @@ def encoder_layer(
     backend: str | Choice = "auto",
     process_group: Any = None,
 ) -> Tensor:
-    """A transformer encoder layer along the first dimension, from its tensors; its result, or the fork that it ends.
+    """A transformer encoder layer along the first dimension, given its tensors. Returns its result or a fork.
 
     The Triton backend takes fp32, fp16 and bf16 with C up to 8192 and C / H a multiple of 8 up to 512, and cannot be
-    differentiated twice: matrix products by cuBLAS, kernels for all that stands between them, nothing copied or
-    transposed where x is contiguous or (L, N, C) in memory (but for the mixed half of the latter if ``forked``). It
-    casts the weights once under autocast, for both directions.
+    differentiated twice. cuBLAS computes the matrix products, and kernels what stands between them. An x that is
+    contiguous or (L, N, C) in memory is not copied, except the mixed half of the latter if ``forked``. Under autocast
+    the weights are cast once, for both directions.
 
     Args:
-        x: (N, …, C), floating point; attention runs over N, each position by itself.
+        x: (N, …, C), floating point; attention runs along N, at each position separately.
         in_proj_weight: (3C, C), and its bias (3C,) or None: q, k and v, stacked.
         out_proj_weight: (C, C), bias (C,) or None.
         linear1_weight: (F, C), bias (F,) or None.
         linear2_weight: (C, F), bias (C,) or None.
-        norm1_weight: (C,), bias (C,) or None; norm2 likewise.
+        norm1_weight: (C,), bias (C,) or None; norm2 the same.
         num_heads: H, divides C.
         activation: "relu" or "gelu" (exact, by erf).
         dropout_p: probability in [0, 1], at all four sites.
         norm_first: normalise before attention and feed-forward instead of after the residual sums.
         eps: of both norms.
-        plain: of x's shape, often x itself: the result is the fork of this and of what the layer makes of x.
-        forked: x is a fork (2N, …, C) already: only its mixed half goes through the layer, and the plain half is passed
-            on. Not together with ``plain``.
+        plain: of x's shape, often x itself. The result is then a fork of ``plain`` and the layer's output.
+        forked: whether x is a fork (2N, …, C) already. Then only its mixed half goes through the layer, and ``plain``
+            must be None.
         seed: one for the layer's four dropouts, as in :func:`batch_attention`.
         backend: see the module's docstring.
-        process_group: a ``torch.distributed`` group (or the ``group_name`` of one that a layer was given) whose ranks
-            all call, each with its own samples, N of them or none: queries attend to all ranks' samples, as
-            :mod:`fastbf.distributed` says. None is this process alone.
+        process_group: a ``torch.distributed`` group or its ``group_name``. Every rank of it calls with its own N ≥ 0
+            samples, and queries attend to the samples of all ranks (:mod:`fastbf.distributed`). None is this process
+            alone.
 
     Returns:
         (N, …, C), or with ``plain`` or ``forked`` the fork (2N, …, C), the plain half first.
@@ -267,7 +267,7 @@ def encoder_layer(
     Raises:
         TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count, and on
             every rank if the ranks of a process_group do not make the same call.
-        RuntimeError: a CUDA graph is being captured of a call with a process_group.
+        RuntimeError: a call with a process_group while a CUDA graph is captured.
 
     Source: paper section 3.2; docs/design.md, the mathematics.
     """
@@ -288,8 +288,8 @@ def encoder_layer(
     group = None if process_group is None else name_of(process_group)
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
-    if absent:  # the other ranks wait for this one: it computes with a row of zeros
-        x, plain = _with_stand_in(x, plain, forked)
+    if absent:  # this rank has no samples, but the others wait for it: it computes with a sample of zeros
+        x, plain = _with_zero_sample(x, plain, forked)
     choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice, group))
     batch = None
@@ -304,14 +304,14 @@ def encoder_layer(
             out = kernels.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
             return out[:0] if absent else out
         except kernels.BuildError as error:
-            # Across ranks PyTorch does not take over: the other ranks would not take part.
+            # Across ranks PyTorch cannot take over, because the other ranks would not do the same.
             give_up(choice, "encoder_layer", x.device, error, final=not alone)
     out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
     return out[:0] if absent else out
 
 
-def _with_stand_in(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tensor, Tensor | None]:
-    """A sample of zeros for a batch without any, in each stream of x, and in plain."""
+def _with_zero_sample(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tensor, Tensor | None]:
+    """Appends a sample of zeros to each stream of x, which has no samples, and to plain."""
     row = x.new_zeros(2 if forked else 1, *x.shape[1:])
     filled = torch.cat([x, row])
     return filled, filled if plain is x else plain if plain is None else torch.cat([plain, row])
@@ -320,7 +320,7 @@ def _with_stand_in(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Tenso
 def _meet(
     group: str, x: Tensor, weights: LayerWeights, absent: bool, choice: Choice, options: LayerOptions, forked: bool
 ) -> Batch:
-    """The batch that this rank's samples are a part of."""
+    """Meets the other ranks, and returns the batch that they share."""
     if transformed():
         raise ValueError("a process_group is not for transforms of torch.func")
     dtype = autocast_dtype(x) or x.dtype
@@ -331,25 +331,25 @@ def _meet(
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
 
 
-# Facts about tensors that fit each other. Checking them at every call costs as much as a launch.
-_sound: set[tuple[object, ...] | None] = set()
+# Keys of calls that passed the checks. The checks take as long as a launch.
+_checked: set[tuple[object, ...] | None] = set()
 
 
-def _facts(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
-    """What the fit of ``tensors`` to x, which has at least two dimensions, depends on; None if nothing may be kept."""
+def _key(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
+    """The key of a call in ``_checked``: all that the checks read. None under a compiler, or if one is no tensor."""
     if torch.compiler.is_compiling():
         return None
     try:
-        shape, facts = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        return (len(shape) > 1, shape[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *facts)
+        shape, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        return (len(shape) > 1, shape[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *of_tensors)
     except (AttributeError, IndexError):  # not all of them are tensors
         return None
 
 
 def _check_layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
-    """That the tensors of an encoder layer fit each other."""
-    facts = _facts(x, weights, type(num_heads), num_heads)
-    if facts in _sound:
+    """Checks that the tensors of an encoder layer fit each other."""
+    key = _key(x, weights, type(num_heads), num_heads)
+    if key in _checked:
         return
     checks.floating("x", x)
     checks.min_rank("x", x, 2, "(N, …, C)")
@@ -369,16 +369,16 @@ def _check_layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     checks.same_device("x", x, fields)
     if autocast_dtype(x) is None:
         checks.same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
-    if facts is not None:
-        _sound.add(facts)
+    if key is not None:
+        _checked.add(key)
 
 
 def _check_classifier(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
 ) -> None:
-    """That the tensors of a classifier fit its input and each other."""
-    facts = _facts(input, (linear_weight, linear_bias, weight, logit_bias))
-    if facts in _sound:
+    """Checks that the tensors of a classifier fit its input and each other."""
+    key = _key(input, (linear_weight, linear_bias, weight, logit_bias))
+    if key in _checked:
         return
     checks.floating("input", input)
     checks.min_rank("input", input, 2, "(M, …, C)")
@@ -393,8 +393,8 @@ def _check_classifier(
     if autocast_dtype(input) is None:
         checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
-    if facts is not None:
-        _sound.add(facts)
+    if key is not None:
+        _checked.add(key)
 
 
 @overload
@@ -432,38 +432,37 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of a linear classifier: logits = scale · (input · linear_weightᵀ + linear_bias) + logit_bias.
 
-    The names are those of ``torch.nn.functional.linear_cross_entropy`` (2.13), but for its ``options``, and ours:
-    ``logit_bias``, ``scale``, ``stats``, ``backend``. An input with twice as many rows as the target is a fork: its two
-    halves, plain and mixed, share the target, which is not copied.
+    The names are those of ``torch.nn.functional.linear_cross_entropy`` (2.13) without its ``options``, and
+    ``logit_bias``, ``scale``, ``stats`` and ``backend``. An input with twice as many rows as the target is a fork: its
+    two halves share the target, which is not copied.
 
-    Neither backend holds more of the logits (M, K) than it must; the shape decides how:
+    The shape decides how many of the logits (M, K) are in memory at a time:
 
-    - Triton: fp32, fp16 and bf16. Logits of up to 1/16 of the GPU's memory (5 GiB of 80) are kept for backward, in the
-      dtype of the product, and their gradient takes their place, or, where the graph is retained, compiled or captured
-      as a CUDA graph, stands beside them in row chunks of 1/64 of the memory (512 rows at least). Larger ones are made
-      in such chunks and made again in backward, which is a third more products. Cannot be differentiated twice.
-    - torch: few logits (half a million elements) go through ``F.cross_entropy`` as they are. Up to 1 GiB they are kept
-      likewise, and larger ones are made again, in row chunks, in backward.
+    - Triton takes fp32, fp16 and bf16. Logits of up to 1/16 of the GPU's memory (5 GiB of 80) are kept for backward, in
+      the dtype of the product, and their gradient overwrites them. If the graph is retained, compiled or captured as a
+      CUDA graph, the gradient has a buffer of its own, in chunks of rows of 1/64 of the memory (512 rows at least).
+      Larger logits are computed in such chunks, and again in backward, which is a third more products. This backend
+      cannot be differentiated twice.
+    - torch: up to half a million logits go through ``F.cross_entropy``. Up to 1 GiB they are kept for backward, and
+      larger ones are computed again there, in chunks of rows.
 
-    So where K ≤ C, and gradients take more room than logits, both compute the products that plain PyTorch computes.
-    Both take statistics and sums in fp32 (fp64 for fp64). A class index out of range is never read at: on a GPU, where
-    nobody waits to look for it, the loss is NaN and a device-side assertion fails, as in PyTorch.
+    Both take statistics and sums in fp32 (fp64 for fp64). Nothing is read at a class index out of range. On a GPU its
+    loss is NaN and a device-side assertion fails, as in PyTorch.
 
     Args:
         input: (M, …, C), floating point.
-        linear_weight: (K, C); any tensor, and gets its gradient: a classifier's weight, computed class embeddings,
-            the keys of a contrastive loss.
+        linear_weight: (K, C), differentiable: a classifier's weight, computed class embeddings, or the keys of a
+            contrastive loss.
         target: class indices (N, …) int64, or probabilities (N, …, K) floating point, with N = M or M = 2N.
         linear_bias: (K,) or None.
         weight: (K,), a factor for each class, or None.
-        logit_bias: (K,) or None, added to the logits (log class counts in Balanced Softmax; -inf switches a class
-            off). Gets its gradient.
-        scale: a number that multiplies the product (1/τ in a contrastive loss). A learned one: multiply the input.
+        logit_bias: (K,) or None, differentiable, added to the logits (log class counts in Balanced Softmax; -inf
+            switches a class off).
+        scale: a number that multiplies the product (1/τ in a contrastive loss). For a learned one multiply the input.
         reduction: "mean" (over the rows that are not ignored, weighted, as ``F.cross_entropy``), "sum" or "none".
-        ignore_index: rows with this class index count nothing; None is -100.
+        ignore_index: rows with this class index do not count; None is -100.
         label_smoothing: in [0, 1].
-        stats: also return the loss of each stream and its accuracy, with logit_bias and without, without waiting for
-            the device.
+        stats: also return loss and accuracies of each stream, without waiting for the device.
         backend: see the module's docstring.
 
     Returns:
@@ -503,7 +502,7 @@ def linear_cross_entropy(
 
 
 def _classifier_obstacle(target: Tensor, weight: Tensor | None, logit_bias: Tensor | None) -> str | None:
-    """Why the kernels of the classifier cannot serve a call, whatever its device and dtype."""
+    """Why the classifier's kernels cannot serve a call on any device; None if they can."""
     for name, t in (("probabilities", target), ("class weights", weight)):
         if t is not None and t.requires_grad:
             return f"the kernels of linear_cross_entropy give {name} no gradient."

@@ -1,11 +1,11 @@
-"""Every op in plain PyTorch: the fallback where no kernel applies, and what kernels and tests are held against.
+"""Every op as its formula in PyTorch's operators: what tests hold both backends against.
 
-Written as the mathematics of BatchFormer (Hou et al., CVPR 2022, section 3; docs/design.md). Any dtype and
-device, differentiable any number of times. The batch length N is the first dimension throughout, C the channels,
-H heads of D = C/H channels, L positions (absent for V1).
+The formulas are the mathematics of BatchFormer (Hou et al., CVPR 2022, section 3; docs/design.md). They take any dtype
+and device and are differentiable any number of times. The first dimension is the batch axis, of length N. There are C
+channels, H heads of D = C / H channels, and L positions (BatchFormerV2 only).
 
-A *mask* here is the multiplier that dropout applies: 0 where an element is dropped and 1/(1 - p) where it is
-kept, or None for no dropout. Masks are arguments, never drawn here.
+A *mask* is the multiplier that dropout applies: 0 where an element is dropped, 1/(1 - p) where it is kept, or None
+without dropout. Masks are arguments and are not drawn here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerOptions(NamedTuple):
-    """What an encoder layer does beside its tensors."""
+    """The arguments of an encoder layer besides its tensors."""
 
     num_heads: int
     activation: str  #: "relu" or "gelu"
@@ -47,18 +47,18 @@ class LayerOptions(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """What the loss of a linear classifier does beside its tensors."""
+    """The arguments of a linear classifier's loss besides its tensors."""
 
     scale: float
     reduction: str  #: "mean", "sum" or "none"
     ignore_index: int
     label_smoothing: float
-    forked: bool  #: the input is a fork of the target's rows
-    stats: bool  #: each stream's loss and accuracy are wanted
+    forked: bool  #: the input is a fork, whose halves share the target
+    stats: bool  #: each stream's loss and accuracies are wanted
 
 
 class LayerMasks(NamedTuple):
-    """Dropout multipliers of one layer call; None where nothing is dropped."""
+    """The masks of one layer call."""
 
     attention: Tensor | None = None  # (*positions, H, N, M)
     attention_output: Tensor | None = None  # (N, …, C)
@@ -71,7 +71,7 @@ def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """(N, …, H, D) → (…, H, N, D): the batch becomes the sequence that attention runs over. A view."""
+    """(N, …, H, D) → (…, H, N, D), a view: attention runs along the last but one dimension."""
     return x.movedim(0, -2)
 
 
@@ -98,7 +98,7 @@ def activation_dropout(x: Tensor, activation: str, *, mask: Tensor | None = None
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The q, k, v that one GEMM left side by side in (N, …, 3C): three (N, …, H, D) views."""
+    """q, k and v that stand side by side in (N, …, 3C), as three (N, …, H, D) views."""
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
 
 
@@ -134,7 +134,7 @@ class CrossEntropyTerms(NamedTuple):
     """Per-row pieces of a cross-entropy; the loss is ``loss.sum() / norm.sum()`` under reduction "mean"."""
 
     loss: Tensor  # (M,) weighted loss of every row, 0 where ignored
-    norm: Tensor  # (M,) what "mean" divides by: the row's class weight, 1 for probabilities, 0 where ignored
+    norm: Tensor  # (M,) summands of what "mean" divides by: class weights, 1 for probabilities, 0 where ignored
 
 
 def cross_entropy_terms(
@@ -190,13 +190,13 @@ def linear_cross_entropy_terms(
 
 
 def class_logits(product: Tensor, scale: float, logit_bias: Tensor | None) -> Tensor:
-    """scale · product + logit_bias, without touching the product where there is nothing to do."""
+    """scale · product + logit_bias; the product itself where nothing is to be done."""
     z = product if scale == 1.0 else product * scale
     return z if logit_bias is None else z + logit_bias
 
 
 def correct(logits: Tensor, unadjusted: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Per row: is the largest logit the target's class (or its most probable one)? False where the row is ignored.
+    """Whether each row's largest logit is the target's (most probable) class; False where the row is ignored.
 
     logits and unadjusted (M, K), the same tensor if there is no logit_bias → (2, M) bool, a row for each of the two.
     """

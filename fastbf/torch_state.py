@@ -72,20 +72,11 @@ def donated(x: Tensor) -> bool:
     """Whether the backward that is running may overwrite what was saved for it, because nothing reads that again.
 
     False where the graph is retained, where a CUDA graph is captured, which may replay this backward, and under a
-    compiler. x: a tensor on the device.
+    compiler. x: a tensor on the device. Public substitute for the question whether the graph is retained: none.
     """
-    if torch.compiler.is_compiling() or _graph_is_kept():
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward that is running was called with ``retain_graph=True``.
-
-    Public substitute: none.
-    """
-    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return keeps
 
 
 def traced_as_constant(function: AnyFunction) -> AnyFunction:
@@ -100,10 +91,7 @@ def traced_as_constant(function: AnyFunction) -> AnyFunction:
 
 @traced_as_constant
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active, which sees through PyTorch's own operators only.
-
-    Public substitute: none.
-    """
+    """Whether a transform of ``torch.func`` is active, which sees PyTorch's operators only. Public substitute: none."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -125,25 +113,17 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Public substitute: ``F.linear``, by the library that torch prefers.
     """
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def process_group(name: str) -> dist.ProcessGroup:
-    """The process group of a ``group_name``; RuntimeError or ValueError if this process has none of that name.
-
-    Public substitute: none.
-    """
+    """The group of a ``group_name``; RuntimeError or ValueError if there is none. Public substitute: none."""
     c10d: Any = dist.distributed_c10d
-    group: dist.ProcessGroup = c10d._resolve_process_group(name)
-    return group
+    return c10d._resolve_process_group(name)
 
 
 def flattened(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of nested containers, in order, and a function that puts others in their places.
-
-    Public substitute: none.
-    """
+    """The leaves of nested containers, and a function that puts others in their places. Public substitute: none."""
     leaves, structure = _pytree.tree_flatten(tree)
     return leaves, lambda others: _pytree.tree_unflatten(others, structure)
 
@@ -158,12 +138,9 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module, or its backward, runs hooks.
-
-    Public substitute: none, here and in the three below.
-    """
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    """Whether a call of the module, or its backward, runs hooks. Public substitute: none, as of the three below."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastbf.dropout import Dropout, Site, draw_seed, philox, round_keys, drop_threshold
+from fastbf.dropout import Dropout, Site, draw_seed, drop_threshold, philox, round_keys
 
 SEED = -1234567890123456789
 LOW = 0xFFFFFFFF

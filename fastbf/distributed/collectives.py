@@ -76,13 +76,11 @@ def _even(batch: Batch) -> bool:
 
 
 def _broadcast(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
-    work: dist.Work = dist.broadcast(x, group=group, group_src=rank, async_op=True)
-    return work
+    return dist.broadcast(x, group=group, group_src=rank, async_op=True)
 
 
 def _reduce(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
-    work: dist.Work = dist.reduce(x, group=group, group_dst=rank, async_op=True)
-    return work
+    return dist.reduce(x, group=group, group_dst=rank, async_op=True)
 
 
 def one_ahead(coming: Iterator[tuple[Place, Pending]]) -> Iterator[tuple[Place, Tensor]]:

@@ -2,7 +2,7 @@
 
 Either chunks of samples come, and results are merged by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867;
 across devices: Ring Attention, Liu et al., arXiv 2310.01889), or, where ranks have few samples at many positions, all
-samples at some of the positions, which are problems of their own. Backward lets them come again. A rank's queries, own
+samples at some of the positions, which are problems of their own. Backward receives them again. A rank's queries, own
 keys and two such parts are all there is in memory, in backward with as many gradients of them.
 """
 

@@ -157,9 +157,8 @@ def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The ranks of a group as one that carries CPU tensors."""
     if "cpu:" in dist.get_backend_config(group):
         return group
-    if group is dist.group.WORLD:  # every process calls, at its first meeting
-        hosts: dist.ProcessGroup = dist.new_group(backend="gloo")
-        return hosts
+    if group is dist.group.WORLD:
+        return dist.new_group(backend="gloo")  # every process calls, at its first meeting
     raise ValueError(
         "process_group must carry CPU tensors as well, by which hosts tell each other the sizes of their batches: "
         'init_process_group("cpu:gloo,cuda:nccl"), or without a backend, makes all later groups such'
@@ -221,13 +220,9 @@ def _exchange(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Begins ``torch.distributed``'s, under the name that the version of torch has for it."""
-    begin = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    work: dist.Work = begin(out, x, group=group, async_op=True)
-    return work
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group, async_op=True)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Begins ``torch.distributed``'s sum, likewise."""
-    begin = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    work: dist.Work = begin(out, x, group=group, async_op=True)
-    return work
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group, async_op=True)

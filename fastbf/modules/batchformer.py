@@ -1,4 +1,4 @@
-"""BatchFormer: the method, as a module that acts while training and is the identity in evaluation."""
+"""BatchFormer: the module that forks features in training and is the identity in evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, every part back in its own mode afterwards."""
+    """Puts a module into evaluation mode, and every part of it back into its own mode on exit."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -32,16 +32,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class BatchFormer(nn.Module):
-    """BatchFormer: samples of a mini-batch learn from each other while training; the identity in evaluation.
+    """Lets samples of a mini-batch learn from each other in training; the identity in evaluation.
 
-    In training the features are forked: the result holds the plain features and, behind them along ``batch_dim``,
-    the same features mixed by a transformer encoder that runs along the batch. Train both halves with one
-    classifier and the repeated targets. In evaluation the very same objects come back, and :func:`fastbf.strip`
-    removes the module for good.
+    In training the features are forked. The result holds the plain stream and, behind it along ``batch_dim``, the
+    mixed stream, which a transformer encoder makes of the features along the batch. Train both with one classifier
+    and the repeated targets. In evaluation the module returns the objects that it was given. :func:`fastbf.strip`
+    removes the module for deployment.
 
-    Features have any rank of at least 2; every dimension but the batch's and the channels' is a position, at which
-    the batch is mixed independently: (N, C); (N, L, C); (L, N, C) with ``batch_dim=1``; (N, C, H, W) with
-    ``channel_dim=1``.
+    Features have at least 2 dimensions: the batch's, the channels', and any number of others, the positions. The batch
+    is mixed at each position separately. Examples are (N, C); (N, L, C); (L, N, C) with ``batch_dim=1``; (N, C, H, W)
+    with ``channel_dim=1``.
 
     Args:
         dim: channels C.
@@ -55,8 +55,8 @@ class BatchFormer(nn.Module):
         bias: whether linear layers and norms have biases.
         batch_dim: the dimension that holds the samples.
         channel_dim: the dimension that holds the channels.
-        forked: the input already holds both streams (a second insertion in a BatchFormerV2 network): only its second
-            half is mixed, and nothing is doubled.
+        forked: whether the input is a fork already (a second insertion in a BatchFormerV2 network). Then only its
+            mixed half goes through the encoder, and nothing is doubled.
         backend: "auto", "triton" or "torch".
         process_group: a ``torch.distributed`` group whose ranks' batches attend to each other, see
             :mod:`fastbf.distributed`; None is this process alone.
@@ -136,7 +136,7 @@ class BatchFormer(nn.Module):
 
     @property
     def process_group(self) -> Any:
-        """That of the layers."""
+        """The process group of the layers."""
         return self.layers[0].process_group
 
     @process_group.setter
@@ -145,7 +145,7 @@ class BatchFormer(nn.Module):
             layer.process_group = process_group
 
     def forward(self, features: Tensor, *targets: Any) -> Any:
-        """Forks the features in training; gives everything back as it is in evaluation.
+        """Forks the features in training; returns its arguments in evaluation.
 
         Args:
             features: floating point, rank ≥ 2, N samples along ``batch_dim`` (2N if ``forked``), C channels along
@@ -153,10 +153,10 @@ class BatchFormer(nn.Module):
             targets: tensors with N rows, or lists or tuples of N items, one per sample.
 
         Returns:
-            ``features``, or the tuple ``(features, *targets)`` if targets were given. In training the features have
-            2N samples, the plain half first, contiguous or channels last, as they came; each tensor target is
-            concatenated with itself along its first dimension, each list or tuple repeated. In evaluation the same
-            objects; with ``forked`` the same targets.
+            The features, or the tuple ``(features, *targets)`` if targets were given. In training the features are a
+            fork of 2N samples, the plain half first, in the memory format of the input. A tensor target is
+            concatenated with itself along its first dimension; a list or tuple is repeated. With ``forked`` targets
+            are returned as they are.
 
         Raises:
             TypeError: features that are not a floating-point tensor, targets of another type.
@@ -188,18 +188,18 @@ class BatchFormer(nn.Module):
         return (fork, *targets) if targets else fork
 
     def mix(self, features: Tensor) -> Tensor:
-        """The mixed stream alone, (as ``features``), in either mode; dropout acts in training only."""
+        """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only."""
         return layout.formatted(self._mix(features, self._dims(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
 
     def attention_map(self, features: Tensor) -> Tensor:
-        """Softmax weights of the last layer, without dropout, for looking at sample relations.
+        """Softmax weights of the last layer, without dropout, which show relations between samples.
 
         Returns:
-            (…, H, N, N): the positions in their order, then heads, queries, keys. With a ``process_group`` the keys
-            are those of all ranks, in their order.
+            (…, H, N, N): positions, heads, queries, keys. With a ``process_group`` the keys are the samples of all
+            ranks, in the order of ranks.
         """
         x = _samples_first(features, self._dims(features))
         positions = x.shape[1:-1]
@@ -213,7 +213,7 @@ class BatchFormer(nn.Module):
         return f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
 
     def _dims(self, features: Tensor) -> tuple[int, int]:
-        """Checks the features; batch and channel dimension, counted from the front."""
+        """Checks the features and returns their batch and channel dimension, counted from the front."""
         checks.floating("features", features)
         checks.min_rank("features", features, 2, "a batch of features")
         rank = features.dim()
@@ -242,17 +242,17 @@ class BatchFormer(nn.Module):
 
 
 def _samples_first(features: Tensor, dims: tuple[int, int]) -> Tensor:
-    """(N, …, C), a view, of features whose batch and channel dimension ``dims`` names."""
+    """Views features as (N, …, C); ``dims`` holds their batch and channel dimension."""
     return features if dims == (0, features.dim() - 1) else features.movedim(dims, (0, -1))
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(N, C) as it is; (N, …, C) → (N, positions, C)."""
+    """(N, …, C) → (N, positions, C); (N, C) stays."""
     return x if x.dim() == 2 else x.flatten(1, -2)
 
 
 def _unflat(x: Tensor, features: Tensor, dims: tuple[int, int]) -> Tensor:
-    """(N, C) or (N, positions, C) → the layout of ``features``, whose batch and channel dimension ``dims`` names."""
+    """(N, C) or (N, positions, C) → the dimensions of ``features``; ``dims`` as in :func:`_samples_first`."""
     if features.dim() == 2 and dims == (0, 1):
         return x
     shape = features.movedim(dims, (0, -1)).shape

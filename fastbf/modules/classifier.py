@@ -16,25 +16,25 @@ from fastbf.torch_state import has_forward_pre_hooks
 class SharedClassifier(nn.Linear):
     """A linear classifier shared by the plain and the mixed stream, with its loss.
 
-    Takes the keywords of the ``nn.Linear`` that it replaces, too: ``out_features`` for ``num_classes``, and in
-    ``forward`` ``input`` for ``features``.
+    It also takes the keywords of ``nn.Linear``: ``out_features`` for ``num_classes``, and ``input`` for ``features`` in
+    ``forward``.
 
     Args:
         in_features: channels C.
         num_classes: K.
         bias: whether there is one.
-        class_counts: training samples of each class, K numbers ≥ 0; adds their logarithm to the logits in the loss
-            only (Balanced Softmax).
+        class_counts: training samples of each class, K numbers ≥ 0. Their logarithm is added to the logits in the
+            loss only (Balanced Softmax).
         class_weight: a factor for each class in the loss, K numbers.
         label_smoothing: in [0, 1], in the loss.
-        ignore_index: targets of this value count nothing.
+        ignore_index: rows with this class index do not count.
         scale: multiplies input · weightᵀ + bias, in ``forward`` and in the loss.
         backend: "auto", "triton" or "torch".
         device, dtype: of the parameters.
 
-    Classes split over ranks are out of scope: every rank holds the whole weight. Neither counts nor weights of
-    classes are part of the ``state_dict``: it is that of ``nn.Linear``. They are buffers all the same: a cast of the
-    module casts them, and ``to_empty`` after construction on the meta device loses them.
+    Every rank holds the whole weight; classes are not split over ranks. The ``state_dict`` is that of ``nn.Linear``.
+    Class counts and class weights are buffers outside it: a cast of the module casts them, and ``to_empty`` after
+    construction on the meta device loses them.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
@@ -108,14 +108,14 @@ class SharedClassifier(nn.Linear):
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
     ) -> Tensor | tuple[Tensor, functional.LossStats]:
-        """Cross-entropy of the features, forked or not.
+        """Cross-entropy of features or of a fork.
 
         Args:
-            features: (N, …, C), or the fork of twice as many rows, the plain half first.
+            features: (N, …, C), or a fork (2N, …, C), the plain half first.
             target: class indices (N, …) int64, or probabilities (N, …, K).
             reduction: "mean" over all rows of both streams that are not ignored, "sum" or "none".
-            stats: also return loss and accuracy of each stream, without waiting for the device: ``accuracy`` of logits
-                with the class counts, as the loss sees them, ``unadjusted_accuracy`` of those that ``forward`` gives.
+            stats: also return loss and accuracies of each stream, without waiting for the device. ``accuracy`` is that
+                of logits with class counts, ``unadjusted_accuracy`` that of the logits which ``forward`` returns.
 
         Returns:
             The loss, or the pair (loss, :class:`fastbf.functional.LossStats`).
@@ -123,7 +123,7 @@ class SharedClassifier(nn.Linear):
         Raises:
             TypeError, ValueError: as :func:`fastbf.functional.linear_cross_entropy`.
             RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
-                run in ``forward`` only; those of ``torch.nn.utils.parametrizations`` work.
+                run in ``forward`` only; ``torch.nn.utils.parametrizations`` works.
         """
         if has_forward_pre_hooks(self):
             raise RuntimeError(

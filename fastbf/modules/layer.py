@@ -29,20 +29,21 @@ def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None
 class BatchFormerLayer(nn.TransformerEncoderLayer):
     """A drop-in ``nn.TransformerEncoderLayer`` that is quick along the batch axis.
 
-    Same constructor, parameters, initialisation, ``state_dict``, ``forward`` signature and results as the parent;
-    stacks by ``nn.TransformerEncoder`` included. Calls that the fused layer does not cover (masks, other
-    activations, hooks or replaced modules inside) run the parent's ``forward``.
+    Constructor, parameters, initialisation, ``state_dict``, ``forward`` signature and results are the parent's, in an
+    ``nn.TransformerEncoder`` too. Calls that the fused layer does not cover (masks, other activations, hooks or
+    replaced modules inside) run the parent's ``forward``.
 
     Args:
         backend: keyword-only; "auto", "triton" or "torch".
         process_group: keyword-only; a ``torch.distributed`` group whose ranks' batches attend to each other, in
             training and evaluation, see :mod:`fastbf.distributed`; None is this process alone (``dist.group.WORLD`` is
-            None before ``init_process_group``). Can be set later, too. Calls that the fused layer does not cover raise.
+            None before ``init_process_group``). It can be set later. With a group, calls that the fused layer does not
+            cover raise.
 
     Raises:
         ValueError: an activation name other than "relu" and "gelu", a head count that does not divide ``d_model``,
             dropout outside [0, 1], an unknown backend, a group that this process is not in.
-        TypeError: process_group is something else than a group.
+        TypeError: process_group is not a group.
 
     Source: paper section 3.2; the arithmetic is that of ``torch.nn.TransformerEncoderLayer``.
     """
@@ -95,9 +96,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As the parent's. src (S, C), (S, B, C), or (B, S, C) with ``batch_first``; attention runs along S.
+        """src (S, C), (S, B, C), or (B, S, C) with ``batch_first``; attention runs along S, for BatchFormer the batch.
 
-        For BatchFormer S is the batch of samples. Returns src's shape, with the strides that the parent gives.
+        Returns src's shape, with the strides of the parent's result.
 
         Raises:
             ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers; a
@@ -115,20 +116,20 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         if self._group is None:
             head_dim = None if reason else self.self_attn.head_dim
             backend = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
-            # Without dropout PyTorch's own inference path is quicker than the fused layer on PyTorch.
+            # In evaluation the parent's inference path is quicker than the fused layer of the torch backend.
             if reason is not None or (backend.backend == "torch" and not self.training):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
         x = src.transpose(0, 1) if along_batch else src
         out = functional.encoder_layer(x, *self._weights(), **self._options(), backend=backend)
         out = out.transpose(0, 1) if along_batch else out
-        # The parent's result is contiguous if a norm ends it. Else it has the strides of a sum that begins with src.
+        # The parent's result is contiguous if a norm comes last. Else it has the strides of the sum src + ….
         return layout.like(out, src) if self.norm_first else out.contiguous()
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
-        """Both streams of x (N, …, C) along its first dimension; ``plain`` and ``forked`` as in ``encoder_layer``."""
-        own = type(self).forward is BatchFormerLayer.forward and not is_altered(self)
-        if own and x.shape[0] and self.parent_reason(x) is None:
+        """The fork of x (N, …, C); ``plain`` and ``forked`` as in ``functional.encoder_layer``."""
+        unaltered = type(self).forward is BatchFormerLayer.forward and not is_altered(self)
+        if unaltered and x.shape[0] and self.parent_reason(x) is None:
             weights = self._weights()
             if x.device != weights.in_proj_weight.device:
                 self._check(x)
@@ -190,7 +191,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
-        """The arguments of ``functional.encoder_layer`` that are no tensors, but for the backend."""
+        """The arguments of ``functional.encoder_layer`` besides tensors and the backend."""
         return {
             "num_heads": self.self_attn.num_heads,
             "activation": _activation_name(self.activation),
@@ -201,7 +202,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         }
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Softmax weights along the first dimension of x (N, …, C), without dropout: (…, H, N, M), M of all ranks."""
+        """Softmax weights (…, H, N, M) of x (N, …, C), without dropout; M counts the samples of all ranks."""
         w = self._weights()
         if self.norm_first:
             x = F.layer_norm(x, (x.shape[-1],), w.norm1_weight, w.norm1_bias, self.norm1.eps)

@@ -1,4 +1,4 @@
-"""The order of results in memory: that of the PyTorch code that a module replaces, so that ``view`` goes on working."""
+"""Strides of results, which are those of the PyTorch code that a module replaces, so that ``view`` still works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def like(x: Tensor, source: Tensor) -> Tensor:
-    """x, of source's shape, with the strides of ``torch.empty_like(source)``, as a sum has that begins with source."""
+    """x, of source's shape, with the strides of ``torch.empty_like(source)``, which a sum source + … has."""
     if source.is_contiguous():
         return x.contiguous()
     order = _outermost_first(torch.empty_like(source, device="meta").stride())
@@ -17,7 +17,7 @@ def like(x: Tensor, source: Tensor) -> Tensor:
 
 
 def _outermost_first(strides: Sequence[int]) -> list[int]:
-    """Dimensions by descending stride. Compares one by one, as a compiler sorts no symbols."""
+    """Dimensions by descending stride. An insertion sort, because ``torch.compile`` does not sort symbols."""
     order: list[int] = []
     for dim, stride in enumerate(strides):
         at = 0
@@ -28,7 +28,7 @@ def _outermost_first(strides: Sequence[int]) -> list[int]:
 
 
 def formatted(x: Tensor, source: Tensor) -> Tensor:
-    """x in source's memory format, channels last or contiguous, as ``torch.cat`` gives it."""
+    """x in source's memory format, channels last or contiguous, as ``torch.cat`` returns it."""
     # Strides decide, because transforms of torch.func hide memory formats.
     if source.dim() in (4, 5) and not source.is_contiguous() and source.movedim(1, -1).is_contiguous():
         return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,1 +1,1 @@
-"""The torch backend: each public op by what is quickest in PyTorch. ``fastbf/autograd.py`` has the same on kernels."""
+"""The torch backend: each public op by PyTorch's operators. ``fastbf/triton_backend`` has the same on kernels."""

@@ -1,13 +1,13 @@
 """The torch backend's attention along the batch, with dropout.
 
-What is kept of a score is its probability, whose sign says whether dropout keeps it: 4 bytes a score (8 in fp64), where
-PyTorch keeps the probability, the decision and the product of both. ``clamp_min`` gives what was kept, ``abs`` the
-probability, and a threshold at 0 masks a gradient. Three ways, chosen by sizes alone:
+Backward needs one number a score: the probability, negative if dropout drops it. This takes 4 bytes (8 in fp64), where
+PyTorch keeps the probability, the decision and the product of both. ``clamp_min`` gives the probability after dropout,
+``abs`` that before, and a threshold at 0 masks a gradient. The number of scores chooses one of three ways:
 
-- *whole*: few scores, by PyTorch's operators under autograd, which keep more but cost the host less;
-- *in pieces*: more of them, as many at a time as stay in the cache;
-- *drawn again*: probabilities that would take too much memory are computed again in backward, from decisions that a
-  seed gives again.
+- *whole*: PyTorch's operators under autograd compute few scores. They keep more but cost the host less.
+- *in pieces*: more scores are computed in pieces that fit the cache.
+- *drawn again*: backward computes probabilities again that would take too much memory. The seed gives the same
+  decisions again.
 
 docs/backends.md has the measurements that set the limits.
 """
@@ -28,11 +28,11 @@ from fastbf.dropout import Dropout, attention_mask, draw_seed
 from fastbf.precision import compute_dtype
 from fastbf.torch_state import autocast_dtype, no_autocast
 
-#: Scores worked on at a time: on a CPU, and on a GPU, where it bounds memory while every launch fills the machine.
+#: Scores in a piece. On a GPU a piece bounds memory, and is large enough for a launch to fill the machine.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
-#: A call keeps up to so many bytes of probabilities for backward, or none.
+#: Probabilities of up to this many bytes are kept for backward.
 KEPT_BYTES = 128 << 20
-#: PyTorch's operators under autograd are quickest up to so many scores.
+#: Up to this many scores PyTorch's operators under autograd are quickest.
 WHOLE = 1 << 17
 
 _aten = torch.ops.aten
@@ -55,7 +55,7 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) ->
 
 
 class Call(NamedTuple):
-    """What attention does to scores."""
+    """Scale and dropout of an attention call."""
 
     scale: float
     dropout: Dropout | None
@@ -65,24 +65,24 @@ class Call(NamedTuple):
         return 1.0 if self.dropout is None else self.dropout.scale
 
     def words(self, shape: Sequence[int], device: torch.device, group: slice, row: slice) -> Tensor | None:
-        """Those of a piece of the scores; None where nothing is dropped."""
+        """The words of a piece of the scores; None without dropout."""
         return None if self.dropout is None else self.dropout.scores(shape, device, group.start, row.start)
 
     def sign(self, weights: Tensor, words: Tensor | None, room: Tensor) -> Tensor:
-        """Gives weights, in place, a minus where dropout drops them; ``room`` is memory of their shape."""
+        """Makes dropped weights negative, in place; ``room`` is a scratch tensor of their shape."""
         if self.dropout is None or words is None:
             return weights
         return weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
 
     def weights(self, q: Tensor, k: Tensor, group: slice, row: slice, out: Tensor, room: Tensor) -> Tensor:
-        """softmax(scale · q kᵀ) of a piece, with signs, in ``out``."""
+        """The signed softmax(scale · q kᵀ) of a piece, written to ``out``; ``room`` is a scratch tensor."""
         words = self.words(out.shape, q.device, group, row)
         scores = scaled_bmm(q, k.mT, self.scale, out=room)
         return self.sign(torch.softmax(scores, dim=-1, out=out), words, room)
 
 
 def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
-    """How many groups and rows of scores (G, N, M) are worked on at a time: several whole groups, or rows of one."""
+    """Groups and rows in a piece of scores (G, N, M): several whole groups, or rows of one."""
     (groups, rows, columns), size = shape, CPU_PIECE if device.type == "cpu" else GPU_PIECE
     return min(groups, max(1, size // (rows * columns))), min(rows, max(1, 2 * size // columns))
 
@@ -96,12 +96,12 @@ def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, 
 
 
 def _rooms(count: int, x: Tensor, columns: int) -> Tensor:
-    """Memory for a piece, several times: for every piece anew it would cost as much as what is computed in it."""
+    """``count`` scratch tensors for all pieces. To allocate them for each would cost as much as to compute it."""
     return x.new_empty(count, *cut((*x.shape[:2], columns), x.device), columns)
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """drop(softmax(scale · q kᵀ)) v, and the weights with their signs if they are to be kept.
+    """drop(softmax(scale · q kᵀ)) v, and the signed weights if ``keep``.
 
     q (G, N, D), k and v (G, M, D), contiguous.
     """
@@ -118,7 +118,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Te
 def backward(
     call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, grads: Sequence[Tensor]
 ) -> None:  # fmt: skip
-    """Writes the gradients of q, k and v, given that of the result and what :func:`forward` kept."""
+    """Writes the gradients of q, k and v; ``do`` is the result's, and :func:`forward` returned ``kept``."""
     (dq, dk, dv), rooms = grads, _rooms(3, q, k.shape[1])
     for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
         q_piece, do_piece, k_group, dk_group, dv_group = q[group, row], do[group, row], k[group], dk[group], dv[group]
@@ -130,15 +130,15 @@ def backward(
         dropped = torch.clamp_min(weights, 0, out=room)
         torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale, out=dv_group)
         ds.mul_(torch.abs(weights, out=room))
-        ds.addcmul_(room, ds.sum(-1, keepdim=True), value=-1)  # of softmax: p · (dp - Σ p · dp)
+        ds.addcmul_(room, ds.sum(-1, keepdim=True), value=-1)  # softmax's gradient: p · (dp - Σ p · dp)
         scaled_bmm(ds, k_group, call.scale, out=dq[group, row])
         torch.baddbmm(dk_group, ds.mT, q_piece, beta=add, alpha=call.scale, out=dk_group)
 
 
 class _Attention(Function):
-    """Attention of q to k and v, (G, N, D) and (G, M, D), or of one tensor that stacks them, (3, G, N, D).
+    """Attention with dropout of q (G, N, D) to k and v (G, M, D), or of one tensor (3, G, N, D) that stacks them.
 
-    Saves them and the weights, or nothing else where those are too large: then the dropout has a seed.
+    Saves these and, if ``keep``, the signed weights. Without ``keep`` the dropout must have a seed.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ class _Attention(Function):
 
 
 def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
-    """The gradients with a graph of their own: those of the formula."""
+    """The gradients with a graph of their own, by autograd from the formula."""
     # Views, because one input may be computed from another and only the direct dependence counts.
     qkv = [t.view_as(t) for t in qkv]
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
@@ -182,7 +182,7 @@ def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | 
 
 
 def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) -> Tensor:
-    """Attention with dropout of what :class:`_Attention` takes, by the way that suits its size."""
+    """Attention with dropout of what :class:`_Attention` takes. The number of scores chooses the way."""
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
     if math.prod(shape) <= WHOLE and q.dtype == dtype and autocast_dtype(q) is None:
@@ -195,7 +195,7 @@ def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) ->
 
 
 def self_attention(qkv: Tensor, num_heads: int, dropout: Dropout | None) -> Tensor:
-    """Attention of samples to samples, of queries, keys and values (N, …, 3C) side by side → (N, …, C)."""
+    """Attention from queries, keys and values side by side. (N, …, 3C) → (N, …, C)."""
     if dropout is None or qkv.numel() == 0 or dropout.traced:
         q, k, v = reference.split_qkv(qkv, num_heads)
         return _undropped_or_traced(q, k, v, q.shape[-1] ** -0.5, dropout).flatten(-2)
@@ -212,8 +212,7 @@ def batch_attention(
 ) -> Tensor:  # fmt: skip
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D), one dtype → q's shape.
 
-    ``first_row`` is where the queries begin in the batch that dropout knows; ``keep`` is whether many probabilities may
-    be kept for backward.
+    ``first_row`` is the first query's index in the whole batch. ``keep`` allows probabilities to be kept for backward.
     """
     dropout = Dropout(dropout_p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if dropout_p else None
     if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
@@ -224,7 +223,7 @@ def batch_attention(
 
 
 def _undropped_or_traced(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
-    """As :func:`batch_attention`: by SDPA without dropout, else by the formula, which a compiler fuses."""
+    """As :func:`batch_attention`. SDPA serves calls without dropout, the formula others, which a compiler fuses."""
     if q.numel() == 0 or k.numel() == 0:
         return reference.attention(q, k, v, scale=scale)
     if dropout is None:

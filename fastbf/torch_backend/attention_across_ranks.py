@@ -1,7 +1,6 @@
 """The torch backend's attention to keys and values that other ranks send in parts (``fastbf/distributed/exchange.py``).
 
-An autograd Function that holds neither all ranks' keys nor anything of size N × M, and draws its dropout decisions
-again in backward.
+The autograd Function holds neither all ranks' keys nor anything of size N × M. Backward draws dropout decisions again.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from fastbf.torch_state import no_autocast
 
 
 class _AcrossRanks(Function):
-    """Attention to keys and values that other ranks send. Saves q, this rank's keys and values, the result, its
-    log-sum-exp and the seed.
-    """
+    """Saves q, this rank's keys and values, the result, its log-sum-exp and the seed."""
 
     @staticmethod
     def forward(
@@ -57,7 +54,7 @@ class _AcrossRanks(Function):
 def _torch_attention_across_ranks_forward(
     q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, dropout_p: float, *of_batch: Any
 ) -> None:  # fmt: skip
-    """Writes o and its log-sum-exp, of q (N, L, H, D) and kv (N, L, 2C)."""
+    """Writes o and lse for q (N, L, H, D) and kv (N, L, 2C)."""
     batch = Batch(*of_batch)
     confirm(batch)
     exchange.forward(_Part(seed, scale, dropout_p).forward, q, kv, o, lse, batch)
@@ -77,7 +74,7 @@ def _torch_attention_across_ranks_backward(
 
 
 class _Part(NamedTuple):
-    """Attention to some keys at some positions, as ``exchange`` asks for it."""
+    """Attention to one part of the keys; ``exchange`` calls its methods."""
 
     seed: Tensor | None
     scale: float
@@ -103,7 +100,7 @@ class _Part(NamedTuple):
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, dq: Tensor, dk: Tensor,
         dv: Tensor, origin: tuple[int, int, int],
     ) -> None:  # fmt: skip
-        """Writes the gradients of the keys' part, at their positions; o and lse are those of all keys."""
+        """Writes this part's gradients, at its keys' positions; o and lse are those of attention to all keys."""
         do, q, o, dq, lse = _at(k, origin, do, q, o, dq, lse=lse)
         do, o, q, k, v = (batched(t, lse.dtype) for t in (do, o, q, k, v))
         gq, gk, gv = (torch.zeros_like(t) for t in (q, k, v))
@@ -128,7 +125,7 @@ class _Part(NamedTuple):
 
 
 def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) -> Iterator[Tensor]:
-    """The positions that k (M, l, H, D) has, of tensors (N, L, H, D) and lse (L · H, N)."""
+    """Tensors (N, L, H, D) and lse (L · H, N) at the positions of k (M, l, H, D), which begin at ``origin``."""
     (_, positions, heads, _), first = k.shape, origin[0]
     yield from (t[:, first // heads : first // heads + positions] for t in tensors)
     yield lse[first : first + positions * heads]
@@ -137,9 +134,6 @@ def _at(k: Tensor, origin: tuple[int, int, int], *tensors: Tensor, lse: Tensor) 
 def attention(
     q: Tensor, kv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, batch: Batch
 ) -> Tensor:  # fmt: skip
-    """Attention of this rank's queries (N, L, H, D) to all ranks' keys, which come in parts; kv (N, L, 2C) is its own.
-
-    Returns q's shape.
-    """
+    """Attention of this rank's queries (N, L, H, D) to all ranks' keys → q's shape; kv (N, L, 2C) is this rank's."""
     with no_autocast(q):
         return _AcrossRanks.apply(q, kv, seed, scale, dropout_p, batch)

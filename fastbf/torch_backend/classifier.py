@@ -1,8 +1,8 @@
 """The torch backend's classifier loss: linear and cross-entropy in chunks of rows.
 
-An autograd Function that keeps the logits once, in the dtype of the product, or not at all where they are large. Their
-gradient takes their place where backward runs but once. Asked for a graph of the gradient (double backward), it
-differentiates the reference.
+The autograd Function keeps the logits once, in the dtype of the product, unless they are large. Their gradient
+overwrites them if backward runs only once. For a graph of the gradient (double backward) it differentiates the
+reference.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fastbf.reference import LossOptions
 from fastbf.torch_backend.matmul import linear, mm
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
 
-# Rows of a matrix product, at least.
+# The least number of rows in a matrix product.
 _MIN_ROWS = 512
-# Up to this many bytes of logits are kept for backward; above, each chunk's logits are computed again.
+# Up to this many bytes of logits are kept for backward. Larger ones are computed again, in chunks.
 KEEP_LOGITS_BYTES = 1 << 30
-# PyTorch's own operators are quickest up to so many logits.
+# Up to this many logits PyTorch's own operators are quickest.
 SMALL = 1 << 19
 
 
 class _Targets:
-    """Rows r of the logits and the target row r mod N they belong to: a fork repeats the target without a copy."""
+    """The targets of rows of logits. Row r has target r mod N, so a fork needs no copy of the target."""
 
     def __init__(
         self, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, num_classes: int
@@ -40,7 +40,7 @@ class _Targets:
         self.total_weight = num_classes if weight is None else weight.sum()
 
     def pieces(self, rows: range) -> Iterator[tuple[slice, Tensor]]:
-        """Cuts a range of rows at the stream boundary: (the piece within the range, its targets)."""
+        """Cuts a range of rows at the boundary of the streams: (the piece within the range, its targets)."""
         n, start = self.target.shape[0], rows.start
         while start < rows.stop:
             stop = min(rows.stop, (start // n + 1) * n)
@@ -86,7 +86,7 @@ class _Targets:
 
 
 class _LinearCrossEntropy(Function):
-    """Loss of every row of scale · (x Wᵀ + b) + logit_bias, and whether it is right, as ``reference.correct`` says.
+    """Loss of every row of logits scale · (x Wᵀ + b) + logit_bias, and ``reference.correct`` of them.
 
     Saves the input, the weight, the target and, if ``keep``, the product x Wᵀ + b in its own dtype.
     """
@@ -148,8 +148,7 @@ def _losses(
     z: Tensor, rows: range, targets: _Targets, scale: float, logit_bias: Tensor | None, *, loss: Tensor,
     correct: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes the ``rows`` that the products z hold into the loss of every row, and into whether it is right, with
-    logit_bias and without."""
+    """Writes loss and ``reference.correct`` of ``rows``, whose products are z, into the tensors of all rows."""
     for part in _parts(rows, z):
         unadjusted = reference.class_logits(_within(z, rows, part).to(loss.dtype), scale, None)
         logits = reference.class_logits(unadjusted, 1.0, logit_bias)
@@ -165,8 +164,7 @@ def _d_products(
     z: Tensor, rows: range, targets: _Targets, grad: Tensor, scale: float, logit_bias: Tensor | None, wanted: bool, *,
     out: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes into ``out`` the gradient of the products z, which hold ``rows``; returns the sum of that of the logits
-    over rows, if ``wanted``."""
+    """Writes the gradient of z, the products of ``rows``, to ``out``; returns the logits' summed over rows if ``wanted``."""
     sums = None
     for part in _parts(rows, z):
         logits = reference.class_logits(_within(z, rows, part).to(grad.dtype), scale, logit_bias)
@@ -182,7 +180,7 @@ def _d_products(
 def _differentiable(
     inputs: Sequence[Any], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
 ) -> Iterator[Tensor | None]:
-    """The gradients with a graph of their own: those of the reference."""
+    """The gradients with a graph of their own, by autograd from the reference."""
     # Views, because one input may be computed from another and only the direct dependence counts.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, linear_weight, linear_bias, logit_bias = inputs
@@ -197,13 +195,13 @@ def _differentiable(
 
 
 def _products(x: Tensor, num_classes: int) -> Iterator[range]:
-    """The rows of each matrix product where not all are done at once."""
+    """The rows of each matrix product, where one does not compute all of them."""
     elements = 2 * chunk_elements(x.device, compute_dtype(x.dtype))
     return _cut(range(x.shape[0]), max(_MIN_ROWS, elements // num_classes))
 
 
 def _parts(rows: range, z: Tensor) -> Iterator[range]:
-    """Rows of which so few are worked on at a time between two products that they stay in cache."""
+    """Cuts rows into parts that fit the cache, for the work between two products."""
     return _cut(rows, max(1, chunk_elements(z.device, compute_dtype(z.dtype)) // z.shape[1]))
 
 
@@ -260,7 +258,7 @@ def linear_cross_entropy(
                 x, linear_weight, linear_bias, prior, targets, scale, stats, keep
             )  # fmt: skip
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
-    each = norm.sum()  # of a stream
+    each = norm.sum()  # the denominator of one stream
     each = torch.where(each == 0, torch.nan, each)  # NaN if no row counts, even where smoothing leaves a loss
     result = loss.view(rows) if reduction == "none" else loss.sum()
     result = (result / (each * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)

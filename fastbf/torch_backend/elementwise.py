@@ -10,7 +10,7 @@ from fastbf.dropout import Dropout, Site
 
 
 def _kept(x: Tensor, dropout: Dropout | None, site: Site) -> tuple[Tensor, float]:
-    """x (N, …, C) where dropout keeps it, else 0, and what that is to be scaled by."""
+    """x (N, …, C) with zeros where dropped, and the factor that kept elements are still to be multiplied by."""
     if dropout is None or x.numel() == 0:
         return x, 1.0
     if dropout.plain:
@@ -25,7 +25,7 @@ def add_dropped(residual: Tensor, x: Tensor, dropout: Dropout | None, site: Site
 
 
 def activate(x: Tensor, activation: str, dropout: Dropout | None) -> Tensor:
-    """drop(act(x)). ReLU comes last, so that its result, which backward reads, is also what a product reads."""
+    """drop(act(x)). ReLU follows dropout, so that backward and the next product read the same tensor."""
     relu = activation == "relu"
     kept, scale = _kept(x if relu else F.gelu(x), dropout, Site.ACTIVATION)
     kept = kept if scale == 1.0 else kept.mul_(scale)

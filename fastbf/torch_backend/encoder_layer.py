@@ -1,6 +1,6 @@
-"""The torch backend's encoder layer: the steps of ``reference.py``, by this backend's attention, products and dropout.
+"""The torch backend's encoder layer: the steps of ``reference.py`` by this backend's attention, products and dropout.
 
-Autograd records PyTorch's own operators, which costs the host less than an autograd Function that calls them.
+Autograd records PyTorch's operators. This costs the host less than an autograd Function that calls them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastbf.torch_backend.elementwise import activate, add_dropped
 from fastbf.torch_backend.matmul import linear
 from fastbf.torch_state import autocast_dtype
 
-# A call of up to so many words draws all of them at once.
+# A call of up to this many words draws them all at once.
 _SMALL = 1 << 16
 
 
@@ -29,7 +29,7 @@ def encoder_layer(
     x: Tensor, weights: LayerWeights, options: LayerOptions, *, seed: Tensor | None, plain: Tensor | None = None,
     forked: bool = False, batch: Batch | None = None,
 ) -> Tensor:  # fmt: skip
-    """A whole encoder layer, or the fork that it ends, as :func:`fastbf.functional.encoder_layer` says."""
+    """An encoder layer or a fork; arguments as in :func:`fastbf.functional.encoder_layer`."""
     if forked:
         plain, x = x.chunk(2)
     num_heads, activation, norm_first, eps, dropout_p = options
@@ -56,7 +56,7 @@ def encoder_layer(
 
 
 def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None:
-    """Draws the decisions of a small call at once."""
+    """Draws all words of a small call at once."""
     output, n = x.shape, x.shape[0]
     rows = math.prod(output[:-1])
     scores = rows * num_heads * n
@@ -68,9 +68,9 @@ def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None
 def _across_ranks(
     x: Tensor, weights: LayerWeights, options: LayerOptions, seed: Tensor | None, batch: Batch
 ) -> Tensor:  # fmt: skip
-    """Attention of x (N, …, C) to all ranks' samples, from the first product on → (N, …, C).
+    """The product of q, k and v, and attention of this rank's x (N, …, C) to all ranks' samples → (N, …, C).
 
-    Keys and values come first, so that they travel while the queries are computed.
+    Keys and values are computed first, and are sent while the queries are computed.
     """
     channels, num_heads, bias = x.shape[-1], options.num_heads, weights.in_proj_bias
     w_q, w_kv = weights.in_proj_weight.split([channels, 2 * channels])

@@ -1,10 +1,10 @@
 """Matrix products of the torch backend.
 
-On CPU, fp32 products of PyTorch go to MKL, whose kernels for AMD's processors stop at AVX2. PyTorch ships oneDNN too,
-which has some for AVX-512: on such a processor large products of rows go there. Two cores of one, torch 2.13.0,
-2026-11-25, GFLOP/s of MKL and oneDNN: (256, 2048) · (2048, 6144) 151 and 216, (128, 512) · (512, 1536) 149 and 200,
-(128, 128) · (128, 384) 146 and 128. Where the first matrix is transposed, as in a weight's gradient, oneDNN is no
-quicker: 173 and 156. Everything else is PyTorch's own.
+On CPU, PyTorch sends fp32 products to MKL, whose kernels for AMD processors stop at AVX2. PyTorch ships oneDNN too,
+which has kernels for AVX-512. On an AMD processor with AVX-512 large products go to oneDNN, unless the first matrix is
+transposed, as in a weight's gradient. GFLOP/s of MKL and oneDNN on two cores of one, torch 2.13.0, 2026-11-25:
+(256, 2048) · (2048, 6144) 151 and 216, (128, 512) · (512, 1536) 149 and 200, (128, 128) · (128, 384) 146 and 128;
+with the first matrix transposed 173 and 156.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
-# oneDNN is quicker for products of so many multiplications or more.
+# oneDNN is quicker for products of this many multiplications or more.
 _LARGE = 2e7
 
 
 @cache
 def _suits_onednn() -> bool:
-    """Whether this processor is one on which oneDNN is the quicker library."""
+    """Whether oneDNN is quicker than MKL on this processor."""
     return (
         "AMD" in cpu_name()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -51,7 +51,7 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias by oneDNN, from copies of slices, and of a bias with strides, which oneDNN would ignore."""
+    """x · weightᵀ + bias by oneDNN. Slices are copied, and so is a bias with strides, which oneDNN ignores."""
     weight = weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
     return onednn_linear(x.contiguous(), weight, None if bias is None else bias.contiguous())
 
@@ -64,7 +64,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(Function):
-    """Saves x and the weight. The gradient's graph, when asked for, is that of ``torch.mm``."""
+    """Saves x and the weight. The gradient's graph, if wanted, is that of ``torch.mm``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,5 +86,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
     if x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
         return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    return out.view(*x.shape[:-1], -1)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)

@@ -254,10 +254,11 @@ def test_offsets_past_two_to_the_31(schedule, force):
     do = torch.randn(3, 1, 16, device=DEVICE).half()
     o = torch.empty(3, 1, 16, dtype=torch.float16, device=DEVICE)
     lse = torch.empty(1, 3, device=DEVICE) if schedule == "streaming" else None
-    kernels.forward(*near, None, scale=0.25, threshold=0, o=o, lse=lse)
+    options = kernels.Options(0.25)
+    kernels.forward(*near, options, o=o, lse=lse)
     wanted = [torch.empty(3, 1, 16, dtype=torch.float16, device=DEVICE) for _ in range(3)]
-    kernels.backward(do, *near, o, lse, None, *wanted, scale=0.25, threshold=0)
-    kernels.backward(do, *near, o, lse, None, *far, scale=0.25, threshold=0)
+    for grads in (wanted, far):
+        kernels.backward(do, kernels.Inputs(*near, o, lse), options, kernels.Gradients(*grads))
     assert all(torch.equal(x, y) for x, y in zip(far, wanted, strict=True))
 
 
@@ -295,7 +296,7 @@ def test_the_layer_reads_and_writes_the_gemms_buffer(monkeypatch):
         monkeypatch.setattr(kernels, name, spy)
     monkeypatch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("a copy"))
     layer_pair()[0].mix(torch.randn(40, 3, 32, device=DEVICE)).sum().backward()
-    (q, k, v, *_), (_, _, _, _, _, _, _, dq, dk, dv) = seen
+    (q, k, v, *_), (_, _, _, (dq, dk, dv)) = seen
     for first, second, third in ((q, k, v), (dq, dk, dv)):
         assert first.stride() == (3 * 96, 96, 8, 1)
         assert second.data_ptr() - first.data_ptr() == third.data_ptr() - second.data_ptr() == 32 * first.itemsize
