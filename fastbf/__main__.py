@@ -69,7 +69,7 @@ def _gradients(op: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 def _worst(results: list[Tensor], exact: list[Tensor]) -> float:
     """Largest relative error, in the Euclidean norm, of any output or gradient."""
-    return max(float((r.double() - e).norm() / e.norm()) for r, e in zip(results, exact, strict=True))
+    return max(((r.double() - e).norm() / e.norm()).item() for r, e in zip(results, exact, strict=True))
 
 
 def self_check(device: torch.device) -> bool:

@@ -16,8 +16,8 @@ Gradients = tuple[Tensor | None, ...]
 def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
     """Decorates the backward of a Function; a second derivative raises RuntimeError with the text ``refusal``.
 
-    ``torch.autograd.function.once_differentiable`` raises only where the incoming gradient requires grad. Where that is
-    a constant, it lets a second derivative be zero.
+    ``torch.autograd.function.once_differentiable`` raises only where the incoming gradient requires grad. If that is a
+    constant, a second derivative is silently zero.
     """
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -37,12 +37,12 @@ def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Ca
 
 
 class _Refusing(Function):
-    """Gradients as they are; differentiating them raises RuntimeError."""
+    """Returns gradients as they are. A derivative of these raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, refusal: str, *grads: Tensor | None) -> Gradients:
         ctx.refusal = refusal
-        # Not the inputs themselves: autograd would make views of them, which nobody may change in place.
+        # Detached, because autograd would make views of the inputs, which cannot be changed in place.
         return tuple(None if grad is None else grad.detach() for grad in grads)
 
     @staticmethod

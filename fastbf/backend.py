@@ -37,8 +37,7 @@ class Choice(NamedTuple):
         return f"{self.backend}: {self.reason}"
 
 
-# Where kernels serve a call: chosen by "auto", and asked for by "triton". Which of two equal objects it is tells them
-# apart, so that a choice that is handed down stays the pair that :func:`explain` returns.
+# Choices of kernels, by "auto" and by "triton". The pairs are equal, and :func:`give_up` tells them apart by identity.
 _CHOSEN = {op: Choice("triton", reason) for op, reason in OPS.items()}
 _ASKED_FOR = {op: Choice("triton", reason) for op, reason in OPS.items()}
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def either(name: str, value: T | None, alias: str, other: T | None) -> T:
-    """Returns the one of two that was given, of an argument that has two names."""
+    """Returns an argument that has two names, of which one must be given."""
     if value is not None and other is None:
         return value
     if other is not None and value is None:
@@ -124,11 +124,11 @@ def seed(value: int | Tensor | None, device: torch.device) -> None:
 
 
 def target(target: object, rows: tuple[int, ...], num_classes: int, device: torch.device, ignore_index: int) -> bool:
-    """Checks a target for logits of shape (*rows, num_classes); returns whether the rows are a fork of it.
+    """Checks a target for logits of shape (*rows, num_classes); returns whether the input is a fork.
 
-    Class indices are integers of the rows' shape, probabilities floats with the classes last. Rows may be twice as
-    many as targets along the first dimension. Index ranges are checked on CPU only: elsewhere that would wait for
-    the device.
+    Class indices are integers of the rows' shape, probabilities floats with the classes last. A fork has twice as
+    many rows as targets along the first dimension. Index ranges are checked on CPU only, because the check would wait
+    for a GPU.
     """
     target = tensor("target", target)
     if target.device != device:

@@ -23,20 +23,20 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
     """Captures ``callable``'s forward and backward as CUDA graphs and replays them when a call matches.
 
     ``fastbf.make_graphed(lambda x, y: classifier.loss(former(x), y), (x, y))`` makes a step of a training loop from
-    BatchFormer to the loss two graphs. Parameters are found by running the callable; each replay draws its dropout
-    afresh. Calls that differ from the captured one in shapes, dtypes or devices (a ragged last batch), in autocast, in
-    a module's mode or dropout rate or in which parameters are trained, and calls after parameters of a module that the
-    callable calls were replaced or moved in memory (``module.half()``), run eagerly.
+    BatchFormer to the loss two graphs. Parameters are found by running the callable. Each replay draws new dropout. A
+    call runs eagerly if it differs from the captured one in shapes, dtypes or devices (a ragged last batch), in
+    autocast, in a module's mode or dropout rate or in which parameters are trained, or if parameters of a module that
+    the callable calls were replaced or moved in memory (``module.half()``).
 
-    Results and the gradients of arguments are the caller's own. Parameters' gradients lie in the graph's memory: those
-    in ``.grad`` are copied before a later backward would overwrite them, so that accumulating over steps is right; what
-    ``torch.autograd.grad`` returned for a parameter lasts until the next backward. Backward must come before the next
-    call, as the graph holds the activations of one.
+    Results and the gradients of arguments have memory of their own. Gradients of parameters are in the graph's memory.
+    Those in ``.grad`` are copied before a later backward overwrites them, so they accumulate over steps. Those that
+    ``torch.autograd.grad`` returned last until the next backward. Backward must come before the next call, because the
+    graph holds the activations of one call.
 
     Args:
-        callable: an ``nn.Module`` or a function that takes and returns tensors, or nested containers of tensors it
-            returns. It runs a few times on the sample arguments before capture. Of a module the ``forward`` is replaced
-            and the module returned; copies and pickles of it run eagerly.
+        callable: an ``nn.Module`` or a function that takes tensors, and returns tensors or nested containers of them.
+            It runs a few times on the sample arguments before capture. A module is returned with its ``forward``
+            replaced; copies and pickles of it run eagerly.
         sample_args: tensors of the shapes, dtypes, device and ``requires_grad`` of the calls to come; copied.
 
     Returns:
@@ -131,7 +131,7 @@ class _Graphed:
 
 
 class _Input(Function):
-    """Its argument; the gradient in memory of its own."""
+    """Returns its argument; the gradient has memory of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

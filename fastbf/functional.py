@@ -295,7 +295,7 @@ def encoder_layer(
     batch = None
     if group is not None and not alone:
         batch = _meet(group, x, weights, absent, choice, options, forked)
-        if not (batch.total and x.numel()):
+        if not (batch.total() and x.numel()):
             x, batch = gathering.confirmed(x, batch), None  # nothing to send
     if choice.backend == "triton":
         from fastbf.triton_backend import encoder_layer as kernels

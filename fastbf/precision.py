@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes of logits worked on at a time between two products. On CPU such a chunk stays in the outer caches; on a GPU it
-# bounds memory while every launch still fills the machine.
+# Bytes of logits in a chunk. On CPU a chunk stays in the outer caches. On a GPU it bounds memory, and is large enough
+# for a launch to fill the machine.
 _CPU_BYTES = 8 << 20
 _GPU_BYTES = 256 << 20
 
 
 def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
-    """Elements of ``dtype`` to work on at a time."""
+    """Elements of ``dtype`` in a chunk."""
     return (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // dtype.itemsize
 
 

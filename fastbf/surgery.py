@@ -1,4 +1,4 @@
-"""Turning existing models into fastbf models, and trained ones into plain models."""
+"""Turns existing models into fastbf models, and removes BatchFormer from trained ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastbf.modules import BatchFormer, BatchFormerLayer
 
 
 class PassThrough(nn.Module):
-    """What :func:`strip` leaves where a BatchFormer was: no parameters, the evaluation behaviour in every mode."""
+    """Replaces a BatchFormer in :func:`strip`: no parameters, and the evaluation behaviour in every mode."""
 
     def forward(self, features: Tensor, *targets: Any) -> Any:
         """The very same objects: ``features``, or ``(features, *targets)``."""
@@ -23,7 +23,7 @@ def _check_module(module: object) -> None:
 
 
 def convert(module: nn.Module) -> int:
-    """Makes every plain ``nn.TransformerEncoderLayer`` in ``module``, itself included, a ``BatchFormerLayer``.
+    """Makes every ``nn.TransformerEncoderLayer`` in ``module``, itself included, a ``BatchFormerLayer``.
 
     The layers stay the same objects with the same Parameters, hooks and mode; only their class changes. So
     optimizers keep working, and so does every reference to a layer. Subclasses of the layer are left alone.
@@ -38,12 +38,12 @@ def convert(module: nn.Module) -> int:
         TypeError: not a module.
     """
     _check_module(module)
-    plain = [m for m in module.modules() if type(m) is nn.TransformerEncoderLayer]
-    for layer in plain:
+    layers = [m for m in module.modules() if type(m) is nn.TransformerEncoderLayer]
+    for layer in layers:
         layer.__class__ = BatchFormerLayer
         assert isinstance(layer, BatchFormerLayer)  # for type checkers
         layer.backend, layer.process_group = "auto", None
-    return len(plain)
+    return len(layers)
 
 
 def strip(module: nn.Module) -> nn.Module:
@@ -61,7 +61,7 @@ def strip(module: nn.Module) -> nn.Module:
     _check_module(module)
     if isinstance(module, BatchFormer):
         return PassThrough().train(module.training)
-    # A module with two names is replaced under both, and one inside another before that.
+    # A module with two names is replaced under both. In reverse order inner modules come first.
     for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
         if isinstance(child, BatchFormer):
             module.set_submodule(name, PassThrough().train(child.training))

@@ -59,7 +59,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def traced() -> bool:
-    """Whether ``torch.compile`` or a transform of ``torch.func`` is at work: both see through PyTorch's operators."""
+    """Whether ``torch.compile`` or a transform of ``torch.func`` is active; both see PyTorch's operators only."""
     return torch.compiler.is_compiling() or transformed()
 
 
@@ -149,7 +149,7 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether calling the module runs more, or other, than the ``forward`` of its class."""
+    """Whether a call of the module runs hooks, or another ``forward`` than its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 

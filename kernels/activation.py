@@ -1,8 +1,8 @@
 """Activation + dropout, forward and backward, with partial sums of the gradient of the bias before it.
 
-u = drop(act(h)). With ReLU, u tells everything backward needs: where u > 0 the element was positive and kept, so no
-decision is drawn again and h is not saved. With GELU h is saved alone, and backward writes u again for the next weight
-gradient while it has h in registers.
+u = drop(act(h)). With ReLU backward needs only u: where u > 0 the element was positive and kept. No decision is drawn
+again, and h is not saved. With GELU only h is saved. Backward then writes u again, from registers, for the next weight
+gradient.
 
 Shapes: rows [R, F], dense, in the order of :class:`fastbf.kernels.rows.Rows`. Offsets are 64-bit.
 """
@@ -56,7 +56,7 @@ def activation_backward(
     F: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
     STORE_U: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """dh in every row tile a program comes to, in one tile of columns, and its partial sum. Grid: partial sums · tiles.
+    """One tile of columns in several row tiles: dh, and a partial sum of it. Grid: partial sums · tiles.
 
     p_saved is u with ReLU, h with GELU; STORE_U writes u again from h.
     """
@@ -107,14 +107,14 @@ def forward(h: Tensor, rows: Rows, activation: str, *, u: Tensor, drop: Drop) ->
         h: [R, F], dense in the order of ``rows``.
         activation: "relu" or "gelu".
         u: [R, F] to write to.
-        drop: what is dropped.
+        drop: dropout of act(h).
     """
     tiles = cdiv(h.shape[-1], ACTIVATION_TILE.channels)
     numbers = (
-        rows.total, rows.inner, int(rows.position_major), rows.first, tiles, drop.site, drop.threshold,
+        rows.total(), rows.inner(), int(rows.position_major), rows.first, tiles, drop.site, drop.threshold,
         keep_scale(drop.threshold),
     )  # fmt: skip
-    programs = cdiv(rows.total, ACTIVATION_TILE.rows) * tiles
+    programs = cdiv(rows.total(), ACTIVATION_TILE.rows) * tiles
     tensors = (h, u, seed_or(drop.seed, h))
     launch(activation_forward, programs, h.device, tensors, numbers, _constants(h, activation, drop.threshold))
 
@@ -142,10 +142,10 @@ def backward(
         drop: as in :func:`forward`.
     """
     tiles = cdiv(du.shape[-1], ACTIVATION_TILE.channels)
-    parts = cdiv(rows.total, ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
+    parts = cdiv(rows.total(), ACTIVATION_TILE.rows) if partials is None else partials.shape[0]
     tensors = (du, saved, dh, dh if u is None else u, du if partials is None else partials, seed_or(drop.seed, du))
     numbers = (
-        rows.total, rows.inner, int(rows.position_major), rows.first, tiles,
+        rows.total(), rows.inner(), int(rows.position_major), rows.first, tiles,
         0 if partials is None else partials.stride(0), drop.site, drop.threshold, keep_scale(drop.threshold),
     )  # fmt: skip
     constants = _constants(du, activation, drop.threshold)

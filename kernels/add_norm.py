@@ -1,14 +1,14 @@
-"""Dropout + residual + LayerNorm, forward and backward, with the fork's other half.
+"""Dropout + residual + LayerNorm, forward and backward, with the plain half of a fork.
 
-A program holds whole rows of C channels: s = residual + drop(x), y = LayerNorm(s). Statistics are taken in fp32, from s
-before it is rounded. Backward takes them again from the stored s, which costs two sums over what is in registers
-anyway; each of a bounded number of programs walks over many rows and sums the gradients of weight, bias and of the bias
-that x was added by in fp32, one partial sum each, so that a sum over few rows is left and the order is fixed.
+A program holds whole rows of C channels: s = residual + drop(x), y = LayerNorm(s). Forward takes statistics in fp32, of
+s before it is rounded. Backward takes them again from the stored s, which costs two sums over registers. A bounded
+number of backward programs walk over the rows. Each writes one partial sum, in fp32, of the gradients of the norm's
+weight and bias and of the bias before x, so that the order of additions is fixed.
 
-The same two kernels serve every place between two matrix products of an encoder layer, post-norm or pre-norm, by flags.
+By flags the two kernels serve every place between two matrix products of an encoder layer, post-norm or pre-norm.
 
 Shapes: rows [R, C], dense, in the order of :class:`fastbf.kernels.rows.Rows`; y and its gradient may be the mixed half
-of a fork, plain the other half. Offsets are 64-bit.
+of a fork, and plain its plain half. Offsets are 64-bit.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ _RUNTIME = ["rows", "inner", "position_major", "first", "skipped", "half", "stri
 
 @triton.jit
 def _offsets(index, outer, skipped, half, columns, FORKED: tl.constexpr, C: tl.constexpr):
-    """Offsets [BM, BC] of rows, or of those of a fork's mixed half if FORKED, of the plain half where ``half`` is 0."""
+    """Offsets [BM, BC] of rows. If FORKED, of rows of a fork's mixed half, or with ``half`` = 0 of its plain half."""
     row = index.to(tl.int64)
     if FORKED:
         row += outer.to(tl.int64) * skipped + half
@@ -85,9 +85,9 @@ def add_norm_forward(
 
 @triton.jit
 def _add_to(p_total, x, columns, first, C: tl.constexpr):
-    """Adds a row x [1, BC] to what stands in memory, or writes it if it is the first.
+    """Adds a row x [1, BC] to memory, or writes it if it is the first.
 
-    A thread may load what another one stored: between one call for a place and the next there must be a barrier.
+    A thread may load what another one stored, so two calls for the same memory need a barrier between them.
     """
     mask = (columns < C)[None, :]
     p_total += columns[None, :]
@@ -105,11 +105,11 @@ def add_norm_backward(
     STORE_DS: tl.constexpr, PARTIALS: tl.constexpr, IN_REGISTERS: tl.constexpr,
     DY_FORKED: tl.constexpr, SKIP_FORKED: tl.constexpr, DS_FORKED: tl.constexpr,
 ):  # fmt: skip
-    """Every row a program comes to: ds and dx; at the end its partial sums. Grid: the number of partial sums.
+    """Several row tiles: ds and dx, and one partial sum of each gradient. Grid: the number of partial sums.
 
-    dy + dy2 is the gradient of y, and skip joins what the norm hands to s. d_plain, the plain half of y's fork, joins
-    what is written to ds, or, where ds is a fork too, fills the plain half of that. A program's partial sums stand in a
-    row of ``stride`` numbers: those of x, then of the norm's weight and bias, C each, without gaps.
+    dy + dy2 is the gradient of y, and skip is added to the gradient of s. d_plain is the gradient of a fork. Its plain
+    half is added to ds or, if ds is a fork too, written to the plain half of that. A program's partial sums are a row
+    of ``stride`` numbers: those of x, then of the norm's weight and bias, C each.
     """
     program = tl.program_id(0)
     columns = tl.arange(0, BC)
@@ -121,7 +121,7 @@ def add_norm_backward(
         p_partials += program.to(tl.int64) * stride
     if NORM and (IN_REGISTERS or not PARTIALS):
         weight = tl.load(p_weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    # Invariant code stays in the loop: outside it would fill the registers and spill.
+    # Invariant code stays in the loop. Outside it, its values would fill the registers and spill.
     for start in tl.range(program * BM, rows, tl.num_programs(0) * BM, disable_licm=True):
         if PARTIALS and not IN_REGISTERS:
             tl.debug_barrier()  # the sums of the row before are in memory
@@ -180,20 +180,20 @@ def add_norm_backward(
 
 
 def sums_in_registers(has_x: bool, norm: bool, channels: int) -> bool:
-    """Whether a program's sums over rows of a tile of ``channels`` fit its registers, or are added up in the caches."""
+    """Whether a program keeps its sums over rows in registers; else it adds them up in memory."""
     return (has_x + 2 * norm) * channels <= 16384
 
 
 class Norm(NamedTuple):
-    """A LayerNorm; its weight is None where there is none."""
+    """A LayerNorm; none if ``weight`` is None."""
 
     weight: Tensor | None = None  #: (C,)
     bias: Tensor | None = None  #: (C,)
     eps: float = 0.0
-    sums: Tensor | None = None  #: in backward [R, C]: what it normalised
+    sums: Tensor | None = None  #: [R, C], what it normalised; for backward
 
 
-#: None at all.
+#: No norm.
 NO_NORM = Norm()
 
 
@@ -218,28 +218,28 @@ def forward(
         residual: [R, C], C ≤ 8192.
         y: [R, C] to write to; with ``plain`` the fork [2R, C], of which the mixed half is written.
         x: [R, C]; None is zero.
-        norm: without one the sum is left as it is.
+        norm: without one y is the sum.
         total: [R, C] to write residual + drop(x) to.
         copy: [R, C] to write y to once more.
-        plain: [R, C], or a fork [2R, C], whose plain half counts: written to the plain half of y.
-        drop: of x.
+        plain: [R, C], or a fork [2R, C] whose plain half is used: copied to the plain half of y.
+        drop: dropout of x.
     """
     channels = residual.shape[-1]
     tile = norm_tile("add_norm_forward", channels)
     optional = (x, residual, norm.weight, norm.bias, plain, total, y, copy, drop.seed)
     tensors = tuple([residual if t is None else t for t in optional])
     numbers = (
-        rows.total, rows.inner, int(rows.position_major), rows.first, *rows.fork,
+        rows.total(), rows.inner(), int(rows.position_major), rows.first, *rows.fork(),
         drop.site, drop.threshold, keep_scale(drop.threshold), norm.eps,
     )  # fmt: skip
     flags = {
         "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(drop.threshold),
         "HAS_X": x is not None, "NORM": norm.weight is not None, "HAS_BIAS": norm.bias is not None,
         "STORE_SUM": total is not None, "COPY": copy is not None, "FORK": plain is not None,
-        "PLAIN_FORKED": plain is not None and len(plain) > rows.total,
+        "PLAIN_FORKED": plain is not None and len(plain) > rows.total(),
         "num_warps": tile.num_warps,
     }  # fmt: skip
-    launch(add_norm_forward, cdiv(rows.total, tile.rows), residual.device, tensors, numbers, flags)
+    launch(add_norm_forward, cdiv(rows.total(), tile.rows), residual.device, tensors, numbers, flags)
 
 
 @operator("ds", "dx", "partials")
@@ -259,17 +259,17 @@ def backward(
     """The gradients of s = residual + drop(x) and of x, and partial sums of those of the norm and of x.
 
     All tensors are dense in the order of ``rows``, R = N · L, and may differ in dtype. Of a fork [2R, C] the mixed half
-    counts, unless it says otherwise.
+    is used, unless stated otherwise.
 
     Args:
         dy: gradient of y: [R, C] or a fork [2R, C].
         dy2: [R, C], a second part of y's gradient, only where there is a norm.
-        skip: a gradient of s that comes from elsewhere, only where there is a norm: [R, C] or a fork [2R, C].
-        d_plain: gradient of a fork [2R, C], whose plain half joins ds; only where ds is wanted.
-        norm: with s among its ``sums``; its bias does not matter.
-        ds: [R, C] to write the gradient of s to, or a fork [2R, C], to which d_plain goes too.
+        skip: another part of the gradient of s, only where there is a norm: [R, C] or a fork [2R, C].
+        d_plain: gradient of a fork [2R, C], whose plain half is added to ds; only with ``ds``.
+        norm: with s as its ``sums``; its bias is not used.
+        ds: [R, C] to write the gradient of s to, or a fork [2R, C], whose plain half becomes that of d_plain.
         dx: [R, C] to write the gradient of x to; None if there was no x.
-        partials: (P, W) fp32, any row stride, or None; P programs run, and each fills a row: sums of the gradients of
+        partials: (P, W) fp32, any row stride, or None. P programs run, and each writes a row: sums of the gradients of
             x, if there is one, and of the norm's weight and bias, if there is one; C each.
         drop: as in :func:`forward`.
     """
@@ -277,20 +277,20 @@ def backward(
     tile = norm_tile("add_norm_backward", channels)
     has_norm = norm.weight is not None
     optional = (dy, dy2, skip, d_plain, norm.sums, norm.weight, ds, dx, partials)
-    programs = cdiv(rows.total, tile.rows) if partials is None else partials.shape[0]
+    programs = cdiv(rows.total(), tile.rows) if partials is None else partials.shape[0]
     tensors = (*[dy if t is None else t for t in optional], seed_or(drop.seed, dy))
     numbers = (
-        rows.total, rows.inner, int(rows.position_major), rows.first, *rows.fork,
+        rows.total(), rows.inner(), int(rows.position_major), rows.first, *rows.fork(),
         0 if partials is None else partials.stride(0), drop.site, drop.threshold,
         keep_scale(drop.threshold), norm.eps,
     )  # fmt: skip
-    forked = [t is not None and len(t) > rows.total for t in (dy, skip, ds)]
+    forked = [t is not None and len(t) > rows.total() for t in (dy, skip, ds)]
     flags = {
         "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(drop.threshold),
         "HAS_X": dx is not None, "NORM": has_norm, "HAS_DY2": dy2 is not None, "HAS_SKIP": skip is not None,
         "HAS_PLAIN": d_plain is not None, "STORE_DS": ds is not None, "PARTIALS": partials is not None,
         "IN_REGISTERS": partials is not None and sums_in_registers(dx is not None, has_norm, tile.channels),
         "DY_FORKED": forked[0], "SKIP_FORKED": forked[1], "DS_FORKED": forked[2],
-        "num_warps": tile.num_warps, "maxnreg": tile.maxnreg,
+        "num_warps": tile.num_warps, "maxnreg": tile.maxnreg(),
     }  # fmt: skip
     launch(add_norm_backward, programs, dy.device, tensors, numbers, flags)

@@ -8,12 +8,12 @@ Every (position, head) pair is a *group*, an attention problem of its own: queri
              the whole score row is resident. Backward recomputes the weights from the saved log-sum-exp: one kernel
              walks over keys for dq, one over queries for dk and dv (Dao et al., arXiv 2205.14135), so that every sum
              has a fixed order and nothing is added atomically.
-*packed*     N and M at most 32, usually at many positions: as many whole groups as fit share one tile; scores between
-             different groups are masked. The tensor cores compute them for nothing, as memory is the limit. One
-             program does a whole group, so nothing is saved for backward but the inputs.
+*packed*     for N and M of at most 32, usually at many positions: one tile holds as many whole groups as fit, and
+             scores between groups are masked. Computing these takes no time, as memory is the limit. One program
+             computes whole groups, so backward needs the inputs only.
 
-The head dimension is cut into chunks of BD channels (NC of them), so that no chunk is padded by more than to the next
-multiple of BD, and a tile of 512 channels is several accumulators, not one.
+The head dimension is cut into NC chunks of BD channels. So it is padded to the next multiple of BD only, and a tile of
+512 channels has several accumulators.
 
 Shapes: q, o, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; lse and delta (L·H, N)
 fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of q's batch, position and
@@ -35,7 +35,7 @@ from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
 
 LOG2_E = 1.4426950408889634
 
-# No value of these compiles a kernel anew: lengths, strides.
+# Lengths, strides and other numbers. No value of these compiles a kernel anew.
 _TENSORS = ("q", "k", "v", "o", "do", "dq", "dk")
 _RUNTIME = ["N", "M", "H", "groups", "tiles", "slots", "threshold"]
 _RUNTIME += ["first_group", "first_row", "minus_first_row", "first_key"]
@@ -44,7 +44,7 @@ _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "n
 
 @triton.jit
 def _stride(stride):
-    """64 bits, and known to the compiler as a multiple of 8 elements, so that it loads 16 bytes at once."""
+    """The stride in 64 bits. The compiler knows that it is a multiple of 8, so that it loads 16 bytes at once."""
     return stride.to(tl.int64) // 8 * 8
 
 
@@ -270,8 +270,8 @@ def backward_key_value(
 
     Grid: groups · tiles, tiles = ⌈M / BN⌉.
 
-    Scores stand as in forward, queries by keys: a transposed tile would draw every dropout decision of a Philox call
-    in another thread.
+    Scores are queries by keys, as in forward. In a transposed tile each decision of a Philox call would belong to
+    another thread.
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
@@ -330,7 +330,7 @@ def backward_key_value(
                 new_dv += (tl.dot(p, do_c, dv[c], input_precision=PRECISION),)
             dv = new_dv
         if NEEDS_DK:
-            ds = tl.where(m_rows[:, None], ds, 0.0)  # what is not finite in v must not come in by rows of zeros
+            ds = tl.where(m_rows[:, None], ds, 0.0)  # NaN and Inf of v must not enter through rows of zeros
             ds = tl.trans(ds.to(p_q.dtype.element_ty))
             new_dk = ()
             for c in tl.static_range(NC):
@@ -352,7 +352,7 @@ def backward_key_value(
 def _slots(first_group, groups, count, slots, H, B: tl.constexpr):
     """A packed tile's rows [B], ``count`` to a group: slot, index in the group, position, head, whether it exists."""
     place = tl.arange(0, B)
-    slot = place * ((65535 + count) // count) >> 16  # place // count, exact for the 128 places and 32 rows there can be
+    slot = place * ((65535 + count) // count) >> 16  # place // count, exact for up to 128 places and 32 rows
     head = first_group % H + slot
     position = first_group // H + head // H
     return slot, place - slot * count, position, head % H, (slot < slots) & (first_group + slot < groups)
@@ -360,7 +360,7 @@ def _slots(first_group, groups, count, slots, H, B: tl.constexpr):
 
 @triton.jit
 def _dot_within(a, b, slot_rows, slot_inner, slots, PRECISION: tl.constexpr):
-    """a [R, K] · b [K, BD], a being 0 between different slots; what is not finite in b stays in its slot (0 · NaN)."""
+    """a [R, K] · b [K, BD]; a is 0 between slots. NaN and Inf of b stay in their slots, though 0 · NaN is NaN."""
     out = tl.dot(a, b, input_precision=PRECISION)
     if tl.sum(tl.sum(out * 0.0, 1), 0) != 0.0:
         for slot in range(slots):
@@ -402,7 +402,7 @@ def forward_packed(
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
     b_k = p_k + _base(k_position, k_head, s_kl, s_kh)[:, None] + _rows(k_row, s_kn, BD)
     b_v = p_v + _base(k_position, k_head, s_vl, s_vh)[:, None] + _rows(k_row, s_vn, BD)
-    if NC == 1:  # under way while the scores are computed
+    if NC == 1:  # loads while the scores are computed
         v = _load(b_v, m_keys, 0, D, BD)
     s = tl.zeros((BM, BN), tl.float32)
     for c in range(NC):
@@ -485,7 +485,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def _layout(x: Tensor) -> Tensor:
-    """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy where rows do not start at 16 bytes."""
+    """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy if rows do not start at 16 bytes."""
     x = _positions(x)
     sample, position, head = _strides(x)
     if x.stride(-1) != 1 or (sample | position | head) % 8 or x.data_ptr() % 16:
@@ -501,7 +501,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _tiles(config: Config) -> dict[str, Any]:
-    """The compile-time arguments that a configuration gives, and its options of a launch."""
+    """The compile-time arguments and launch options of a configuration."""
     return {
         "BM": config.block_m, "BN": config.block_n, "BD": config.block_d,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
@@ -522,10 +522,10 @@ def choose(kernel: str, q: Tensor, m: int) -> Config:
 
 
 class Options(NamedTuple):
-    """What a call does to its scores.
+    """The options of an attention call.
 
-    ``group``, ``row`` and ``key`` say where its groups, queries and keys begin in the batch that dropout knows. Of
-    queries at more positions than the keys have, those from this group on are computed.
+    ``group``, ``row`` and ``key`` are the indices of its first group, query and key in the whole batch. If the queries
+    have more positions than the keys, those from ``group`` on are computed.
     """
 
     scale: float
@@ -538,14 +538,14 @@ class Options(NamedTuple):
     def numbers(self) -> tuple[int, int, int, int]:
         """The origin as kernels take it.
 
-        Kernels go back from samples to rows by a number of its own. Told that it is the negative of another, a
-        compiler would keep both in registers.
+        Kernels compute rows from samples by adding ``-row``, a number of its own. If the compiler knew its relation to
+        ``row``, it would keep rows and samples both in registers.
         """
         return self.group, self.row, -self.row, self.key
 
 
 def streams(n: int, m: int) -> bool:
-    """Whether attention of N queries to M keys leaves a log-sum-exp, and needs that and its result for backward."""
+    """Whether attention of n queries to m keys writes lse, and needs lse and o for backward."""
     return schedule(n, m) == "streaming"
 
 
@@ -555,10 +555,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, *, o: Tensor, lse
 
     Args:
         q: (N, …, H, D), D ≤ 512, channels contiguous (rows that do not start at 16 bytes are copied).
-        k, v: (M, …, H, D), likewise.
+        k, v: (M, …, H, D), as q.
         options: of the scores.
         o: q's shape, to write to, channels contiguous.
-        lse: (positions · H, N) fp32, to write to; None if the call is packed, that is unless :func:`streams`.
+        lse: (positions · H, N) fp32, to write to; None unless :func:`streams`.
     """
     q, k, v, o = _layout(q), _layout(k), _layout(v), _positions(o)
     n, _, heads, _ = q.shape
@@ -590,7 +590,7 @@ class Gradients(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What forward was given, and what it wrote."""
+    """Inputs and results of forward."""
 
     q: Tensor
     k: Tensor
@@ -607,11 +607,11 @@ def backward(
 
     Args:
         do: (N, …, H, D), any strides.
-        saved: o and lse are both None if forward was packed. Where these keys are some of many, they are those of
+        saved: o and lse are None if forward was packed. If the keys are a part of all keys, o and lse are those of
             attention to all.
         options: as in :func:`forward`.
         grads: to write to.
-        needs: whether each is wanted; the packed schedule writes all, the other leaves the rest as it is.
+        needs: which gradients are wanted. The packed schedule writes all, the streaming one only these.
     """
     do, q, k, v = _layout(do), _layout(saved.q), _layout(saved.k), _layout(saved.v)
     o, lse, (dq, dk, dv) = saved.o, saved.lse, map(_positions, grads)

@@ -1,11 +1,11 @@
 """Tile sizes of the attention kernels: one table, and one pure function that reads it.
 
 A key is (kernel, bytes per element, architecture): 80 stands for every GPU that gives a program at least 99 KiB of
-shared memory (Ampere, Ada, consumer Blackwell), 90 for Hopper and 100 for data-centre Blackwell, with 227 KiB. Under
-it, for head dimensions up to the given one, tiles from the largest to the smallest: :func:`config_for` takes the first
+shared memory (Ampere, Ada, consumer Blackwell), 90 for Hopper and 100 for data-centre Blackwell, with 227 KiB. A value
+has, for head dimensions up to a number, tiles from the largest to the smallest. :func:`config_for` takes the first
 that keeps every multiprocessor busy. ``block_d`` is the chunk that the head dimension is cut into. Every entry is
 compiled ahead of time by ``make aot``, which refuses spilled registers, more shared memory than there is, and
-asynchronous work that is left unguarded: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
+unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
 more and two stages or more (docs/triton-wgmma.md).
 """
 
@@ -26,7 +26,7 @@ class Config(NamedTuple):
     block_d: int  #: channels in a chunk
     num_warps: int
     num_stages: int  #: of the software pipeline over the loop
-    reload: bool = False  #: backward: load tiles chunk by chunk and once for each product, not whole and once
+    reload: bool = False  #: backward: load tiles in chunks and for each product again, not whole and once
 
 
 TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
@@ -115,7 +115,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         256: (Config(32, 32, 128, 8, 2), Config(16, 16, 256, 8, 2)),
         512: (Config(16, 16, 256, 8, 2),),
     },
-    # The first tiles for 65 to 256 channels: of those that are safe and spill nothing, the ones of least counted cost.
+    # For 65 to 256 channels the first tiles have the least counted cost of those that are safe and spill nothing.
     ("backward_key_value", 2, 90): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
@@ -211,12 +211,12 @@ def packed_slots(config: Config, n: int, m: int) -> int:
 
 
 def key_value_passes(config: Config) -> tuple[tuple[bool, bool], ...]:
-    """What backward_key_value computes of (dk, dv) at a time: where tiles are loaded again, registers hold one only."""
+    """Which of (dk, dv) each launch of backward_key_value computes. With ``reload`` registers hold only one."""
     return ((True, False), (False, True)) if config.reload else ((True, True),)
 
 
 def architecture(limits: Limits) -> int:
-    """As in the table's keys."""
+    """The architecture in the table's keys."""
     if limits.shared_memory < 227 * KIB:
         return 80
     return 90 if limits.capability < (10, 0) else 100

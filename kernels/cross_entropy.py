@@ -1,14 +1,14 @@
-"""Cross-entropy over logits that lie in memory in the dtype of the product that made them, forward and backward.
+"""Cross-entropy of logits that a matrix product left in memory in its dtype, forward and backward.
 
-logits = scale · (z + bias) + logit_bias, z (M, K). Row r has the target of row r mod N: a fork repeats its targets
-without a copy. A target is a distribution q over the classes that multiplies -log p: of a class index t, q = weight ·
+logits = scale · (z + bias) + logit_bias, z (M, K). Row r has target r mod N, so a fork needs no copy of its targets.
+A target is a distribution q over the classes that multiplies -log p: of a class index t, q = weight ·
 ((1 - ε) [c = t] + ε / K), and of probabilities t, q = weight · ((1 - ε) t + ε / K), with ε the label smoothing.
-Statistics in fp32, over chunks of the classes, so that any K does. Forward leaves a few numbers a row, which one
-program then adds up in a fixed order; backward computes the probabilities again from z and those numbers, and leaves
-partial sums of the logits' gradient. The rows may come some at a time.
+Statistics are fp32. Kernels walk over chunks of the classes, so that K is not limited. Forward writes a few numbers a
+row, which one program adds up in a fixed order. Backward computes the probabilities again from z and those numbers, and
+writes partial sums of the logits' gradient. A call may cover some of the rows.
 
-NaN and Inf go where ``F.cross_entropy`` takes them. A class index out of range is never read at: its loss is NaN, and
-the program that adds up stops the device with an assertion, as PyTorch's own kernel does.
+NaN and Inf propagate as in ``F.cross_entropy``. Nothing is read at a class index out of range. Its loss is NaN, and the
+program that adds up stops the device with an assertion, as PyTorch's own kernel does.
 """
 
 from functools import cache
@@ -23,38 +23,38 @@ from fastbf.kernels.launch import cdiv, launch, operator
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Tile, partial_sums
 
-#: Numbers that forward leaves of a row: its loss; what it adds to the mean's denominator; its largest logit, and the
-#: log of the sum of exponentials relative to that (their sum would lose what tells large logits apart); -1 where the
-#: class index is out of range, 0 where the row is ignored, else 1, and 1 more where the largest logit is the target's,
-#: 2 more where the largest without logit_bias is; and Σ q.
+#: Numbers that forward writes of a row: its loss; what it adds to the mean's denominator; its largest logit; the log of
+#: the sum of exponentials relative to that (adding the two would round off what tells large logits apart); a code; and
+#: Σ q. The code is -1 if the class index is out of range, 0 if the row is ignored, else 1, plus 1 if the largest logit
+#: is the target's, plus 2 if the largest without logit_bias is.
 ROW = 6
 #: Numbers of each stream: its loss, its accuracy, and that of logits without logit_bias.
 STATS = 3
 
 _RUNTIME = ["rows", "first", "of_all", "targets", "pieces", "aligned_classes", "ignore_index"]
-PIECE = 16  #: bytes that one load takes
+PIECE = 16  #: bytes of one load
 # At most eight rows: every thread keeps numbers of each row of its tile, and more of them would spill.
 _TILE_ELEMENTS, _MAX_ROWS, _MAX_CLASSES, _WARPS = 2048, 8, 2048, 4
-#: Of a thread. Without a limit, ptxas spills a few values to fit more programs on a multiprocessor.
+#: Registers of a thread. Without a limit, ptxas spills a few values to fit more programs on a multiprocessor.
 REGISTERS = 168
 
 
 @cache
 def class_tile(num_classes: int) -> Tile:
-    """Rows and classes of a tile; a row of more classes is walked over."""
+    """Rows and classes of a tile. Kernels walk over rows of more classes."""
     width = min(_MAX_CLASSES, max(32, 1 << (num_classes - 1).bit_length()))
     return Tile(min(_MAX_ROWS, _TILE_ELEMENTS // width), width, _WARPS)
 
 
 def alignment(num_classes: int) -> int:
-    """The largest power of two up to 8 that divides the number of classes: how much of a row of K one load may take."""
+    """The largest power of two up to 8 that divides the number of classes: elements of one load in a row of K."""
     return min(8, num_classes & -num_classes)
 
 
 def padded(num_classes: int, dtype: torch.dtype) -> int:
     """Elements from one row of logits to the next.
 
-    Rows start at multiples of 16 bytes, which matrix products and wide loads want, whatever the number of classes.
+    Rows start at multiples of 16 bytes, for matrix products and wide loads.
     """
     step = PIECE // dtype.itemsize
     return cdiv(num_classes, step) * step
@@ -62,7 +62,7 @@ def padded(num_classes: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def _target(p_target, index, inside, targets, ignore_index, K):
-    """Class indices of rows [BM]: the class (0 where there is none), whether it is one, whether the row counts."""
+    """Class indices of rows [BM]: the class (0 if invalid), whether it is valid, whether the row counts."""
     t = tl.load(p_target + index % targets, mask=inside, other=0)
     valid = (t >= 0) & (t < K) & inside
     return tl.where(valid, t, 0).to(tl.int32), valid, inside & (t != ignore_index)
@@ -127,10 +127,10 @@ def cross_entropy_forward(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
     SMOOTH: tl.constexpr, SOFT: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, each as ``ROW`` says. Grid: ⌈rows / BM⌉.
+    """The numbers of ``ROW`` for BM rows. Grid: ⌈rows / BM⌉.
 
-    z's row stride is given in pieces of 16 bytes, and K in multiples of ALIGN: multiplied in here, the compiler knows
-    what divides them and loads many elements at once.
+    z's row stride is given in pieces of 16 bytes, and K in multiples of ALIGN. The compiler then knows what divides
+    them, and loads many elements at once.
     """
     K = aligned_classes * ALIGN
     stride = pieces * (128 // p_z.dtype.element_ty.primitive_bitwidth)
@@ -142,7 +142,7 @@ def cross_entropy_forward(
     total = tl.zeros((BM,), tl.float32)
     shift = tl.zeros((BM,), tl.float32)  # top, or 0 while all classes are switched off
     weighted = tl.zeros((BM,), tl.float32)  # Σ q · (logit - shift), without a class index's own part
-    mass = tl.zeros((BM,), tl.float32)  # Σ q likewise
+    mass = tl.zeros((BM,), tl.float32)  # Σ q, without a class index's own part
     best = tl.zeros((BM,), tl.int32)
     unadjusted = tl.full((BM,), float("-inf"), tl.float32)  # the largest logit without logit_bias
     best_unadjusted = tl.zeros((BM,), tl.int32)
@@ -216,7 +216,7 @@ def cross_entropy_forward(
 
 @triton.jit
 def _mean(loss, total):
-    """loss / total; NaN where nothing counts, though smoothing may have left a loss."""
+    """loss / total; NaN where no row counts, even if smoothing leaves a loss."""
     return tl.where(total == 0.0, float("nan"), loss / total)
 
 
@@ -270,8 +270,7 @@ def cross_entropy_backward(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOGIT_BIAS: tl.constexpr,
     SMOOTH: tl.constexpr, SOFT: tl.constexpr, MEAN: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dz, which may take z's place, in every row tile that a program comes to, in one tile of classes, and a partial
-    sum of the logits' gradient.
+    """One tile of classes in several row tiles: dz, which may be z, and a partial sum of the logits' gradient.
 
     Grid: partial sums · tiles, tiles = ⌈K / BC⌉.
     """
@@ -282,7 +281,7 @@ def cross_entropy_backward(
     mask = columns < K
     within = columns < stride
     sums = tl.zeros((BM, BC), tl.float32)
-    # Invariant code stays in the loop, as in add_norm_backward: outside it would spill.
+    # Invariant code stays in the loop, as in add_norm_backward.
     for start in tl.range(program // tiles * BM, rows, tl.num_programs(0) // tiles * BM, disable_licm=True):
         index = start + tl.arange(0, BM)
         inside = index < rows
@@ -320,7 +319,7 @@ def cross_entropy_backward(
 
 
 class Options(NamedTuple):
-    """What the loss is, beside its logits and targets."""
+    """The arguments of the loss besides logits and targets."""
 
     weight: Tensor | None  #: (K,): a factor for each class
     bias: Tensor | None  #: (K,): of the linear layer
@@ -353,19 +352,19 @@ def _numbers(
 
 
 def _pointers(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors; a kernel gets the first in place of each None, and does not read it there."""
+    """The tensors, with the first in place of each None, where kernels do not read it."""
     return first, *[first if t is None else t for t in others]
 
 
 @operator("of_rows")
 def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: int, of_rows: Tensor) -> None:
-    """What ``ROW`` lists, of some rows.
+    """Writes the numbers of ``ROW`` for some rows.
 
     Args:
-        z: (R, K), a view of rows of ``padded`` length; rows ``first`` and on of the M that there are.
+        z: (R, K), a view of rows of ``padded`` length: R of the M rows, from ``first`` on.
         target: (N,) int64 or (N, K) floating point, contiguous; M = N or 2N.
         options: the loss.
-        count: whether to find out if the largest logit is right.
+        count: whether codes say if the largest logit is the target's.
         first: the first row's number.
         of_rows: (6, M) fp32 to write to, contiguous: ``ROW``.
     """
@@ -379,7 +378,7 @@ def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: 
 
 @operator("loss", "total", "stats")
 def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Tensor, stats: Tensor) -> None:
-    """Adds up what forward left of every row; asserts on the device that no class index was out of range.
+    """Adds up the numbers of all rows; asserts on the device that no class index was out of range.
 
     Args:
         of_rows: (6, M) fp32.
@@ -403,7 +402,7 @@ def backward(
     Args:
         grad: one element, the gradient of the loss, or (M,), those of the rows' losses; contiguous.
         z, target, options, first: as in :func:`forward`.
-        of_rows: (6, M), as forward left it.
+        of_rows: (6, M), as forward wrote it.
         total: one fp32 element that ``grad`` is divided by; None is 1.
         dz: (R, K) to write to, with z's strides; may be z.
         sums: (K,) fp32 to write to, or None.
@@ -427,7 +426,7 @@ def backward(
 
 
 def sums_parts(rows: int, num_classes: int, device: torch.device) -> int:
-    """Into how many partial sums backward adds up ``rows`` of the logits' gradient: as few as fill the device."""
+    """The number of backward's partial sums of the logits' gradient over ``rows``: as few as fill the device."""
     limits = device_limits(device)
     tiles = cdiv(num_classes, class_tile(num_classes).channels)
     return min(partial_sums(rows, limits), cdiv(2 * limits.multiprocessors, tiles))

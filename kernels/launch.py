@@ -1,9 +1,9 @@
-"""What every launcher shares: the launch, its face for ``torch.compile``, and what dropout adds to a kernel."""
+"""What launchers share: the launch, operators for ``torch.compile``, and arguments of dropout."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ P = ParamSpec("P")
 
 
 class Drop(NamedTuple):
-    """What an elementwise kernel drops."""
+    """The dropout of an elementwise kernel."""
 
     seed: Tensor | None = None  #: int64, one element; None only if nothing is dropped
     site: int = 0  #: ``fastbf.dropout.Site``
     threshold: int = 0  #: of 65,536 equally likely values, how many mean "drop"
 
 
-#: Nothing.
+#: No dropout.
 NO_DROP = Drop()
 
 
-# Compiled kernels and the values of their compile-time parameters, by all that Triton's own cache goes by. Finding one
-# here costs the host a fraction of what Triton's dispatcher takes, which looks at every argument anew.
+# Compiled kernels and the values of their compile-time parameters, by all that Triton's cache depends on. A look-up
+# takes a fraction of the time of Triton's dispatcher, which inspects every argument.
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
@@ -44,9 +44,9 @@ def launch(
 
     Args:
         kernel: its parameters are pointers, then numbers that it does not specialise on, then compile-time ones.
-        tensors, numbers: the first two, in order.
-        constants: the compile-time parameters by name, and options of the launch such as num_warps; of one call site
-            always in the same order.
+        tensors, numbers: the first two kinds, in order.
+        constants: the compile-time parameters by name, and options of the launch such as num_warps. A call site always
+            gives them in the same order.
 
     Raises:
         BuildError: the kernel's first launch with such arguments failed.
@@ -86,33 +86,33 @@ def keep_mode(threshold: int) -> int:
 
 
 def keep_scale(threshold: int) -> float:
-    """What a kept element is multiplied by; nothing is kept at 65,536."""
+    """What a kept element is multiplied by; 0 at 65,536, where none is kept."""
     return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 def seed_or(seed: Tensor | None, stand_in: Tensor) -> Tensor:
-    """The seed, or a pointer that is never read where nothing is dropped."""
+    """The seed, or without dropout another tensor, which kernels do not read."""
     return stand_in if seed is None else seed
 
 
 def _flat(name: str, kind: Any) -> dict[str, Any]:
-    """The parameters by which a schema says one of a launcher: a NamedTuple's are its fields."""
+    """A launcher's parameter as parameters of a schema: a NamedTuple becomes its fields."""
     if not hasattr(kind, "_fields"):
         return {name: kind}
-    return {f"{name}_{field}": kind.__annotations__[field] for field in kind._fields}
+    return {f"{name}_{field}": of_field for field, of_field in get_type_hints(kind).items()}
 
 
 def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Makes a launcher one operator of the graphs that ``torch.compile`` traces; an eager call runs it as it is.
+    """Makes a launcher one operator in the graphs of ``torch.compile``. An eager call runs the launcher itself.
 
-    The schema follows from the annotations. Nothing is returned, so that a compiler need not be told any shapes.
+    The schema follows from the annotations. The operator returns nothing, so that a compiler needs no shapes from us.
 
     Args:
-        writes: the parameters, tensors all, that the launcher writes to.
+        writes: the names of the tensors that the launcher writes to.
     """
 
     def register(launcher: Callable[P, None]) -> Callable[P, None]:
-        parameters = inspect.signature(launcher).parameters
+        parameters = inspect.signature(launcher, eval_str=True).parameters
         kinds = {name: p.annotation for name, p in parameters.items()}
         defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         flat = {name: _flat(name, kind) for name, kind in kinds.items()}
@@ -128,7 +128,7 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             [inspect.Parameter(name, either, annotation=kind) for name, kind in of_schema.items()],
             return_annotation=None,
         )
-        name = f"{launcher.__module__.rpartition('.')[2]}_{launcher.__name__}"
+        name = f"{launcher.__module__.rpartition('.')[2]}_{launcher.__name__.lstrip('_')}"
         torch.library.define(f"fastbf::{name}", torch.library.infer_schema(run, mutates_args=writes))
         torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(run)
         torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)

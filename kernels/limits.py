@@ -1,4 +1,4 @@
-"""What a device allows a program, for the pure functions that choose tiles."""
+"""The limits of a device, for the pure functions that choose tiles."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ KIB = 1024
 
 
 class Limits(NamedTuple):
-    """What a device allows."""
+    """The limits of a device."""
 
-    shared_memory: int  #: bytes a program may use
+    shared_memory: int  #: bytes that a program may use
     multiprocessors: int
     capability: tuple[int, int]
     memory: int  #: bytes
@@ -24,7 +24,7 @@ def device_limits(device: torch.device) -> Limits:
     """The limits of a GPU; for a CPU, where Triton's interpreter runs, those of an H100."""
     if device.type != "cuda":
         return Limits(227 * KIB, 132, (9, 0), 80 * KIB**3)
-    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks a field
+    properties: Any = torch.cuda.get_device_properties(device)  # the type stub lacks a field
     capability = (properties.major, properties.minor)
     return Limits(
         properties.shared_memory_per_block_optin, properties.multi_processor_count, capability, properties.total_memory

@@ -1,4 +1,4 @@
-"""A kernel that does next to nothing: whether Triton can build and launch one here."""
+"""A kernel that stores one number, to find out whether Triton can build and launch kernels here."""
 
 import torch
 import triton
@@ -13,6 +13,6 @@ def write_one(p_x):
 
 
 def probe(device: torch.device) -> None:
-    """Builds and launches a kernel on ``device``; raises whatever hinders it."""
+    """Builds and launches a kernel on ``device``; raises the error if this fails."""
     x = torch.empty(1, dtype=torch.int32, device=device)
     launch(write_one, 1, device, (x,), (), {"num_warps": 1})

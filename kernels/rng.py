@@ -1,13 +1,13 @@
-"""The keep decisions of dropout inside kernels: bit for bit those of ``fastbf/dropout.py``, which documents the layout.
+"""Dropout's decisions in kernels, bit for bit those of ``fastbf/dropout.py``, which documents the layout.
 
-A decision depends on (seed, site, group, row, column) only. ``KEEP`` says how it is drawn: ``KEEP_ALL`` not at all,
-``KEEP_BITS`` one random bit each (p = 1/2; a Philox call serves 128 columns of a row), ``KEEP_HALVES`` 16 bits each
-(a call serves 8 columns).
+A decision depends on (seed, site, group, row, column) only. The keep mode ``KEEP`` says how it is drawn: ``KEEP_ALL``
+not at all, ``KEEP_BITS`` one random bit each (p = 1/2; a Philox call serves 128 columns of a row), ``KEEP_HALVES`` 16
+bits each (a call serves 8 columns).
 
-The cost is what the layout was chosen for. In the tile that a tensor-core product leaves behind, a thread holds columns
-2t and 2t + 1 of every eight, t being its place among the four threads of a row. A call for 16-bit decisions serves
-exactly those columns of 32, so every thread draws what it needs, once, in registers. A call for bits serves the four
-threads of a row alike: they draw it four times over, which is still less than one instruction an element.
+The layout is chosen to be cheap. In the result tile of a tensor-core product a thread holds columns 2t and 2t + 1 of
+every eight, where t is its place among the four threads of a row. A call for 16-bit decisions serves exactly those
+columns of 32, so that each thread draws what it needs, once, in registers. A call for bits serves all four threads of
+a row. Each of them draws it, which still costs less than one instruction an element.
 """
 
 import triton
@@ -87,7 +87,7 @@ def keep_tile(seed, group, rows, start, threshold, BN: tl.constexpr, KEEP: tl.co
 
 @triton.jit
 def keep_each(seed, groups, rows, columns, threshold, KEEP: tl.constexpr):
-    """Attention's decisions where every row is of its own group and every column is a key below 32: bool [BM, BN].
+    """Attention's decisions where each row has a group of its own and columns are keys below 32: bool [BM, BN].
 
     A row's 32 decisions are gathered in one word first, so that an element costs a shift.
 

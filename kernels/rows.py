@@ -1,8 +1,8 @@
-"""What the elementwise kernels share: where a row of channels stands, how its dropout is drawn, and tile sizes.
+"""What the elementwise kernels share: the order of rows, the dropout of a tile, and tile sizes.
 
-A tensor (N, L, C) is a matrix of N · L rows in the order they lie in memory: sample by sample, or, for layouts like
-DETR's (L, N, C), position by position. Nothing is transposed: a kernel works on rows as they come and finds each one's
-sample and position, on which dropout depends, by division.
+A tensor (N, L, C) is a matrix of N · L rows in memory order: sample by sample, or, for layouts like DETR's (L, N, C),
+position by position. Nothing is transposed. A kernel finds a row's sample and position, on which dropout depends, by
+division.
 """
 
 from functools import cache
@@ -21,22 +21,19 @@ class Rows(NamedTuple):
     samples: int
     positions: int
     position_major: bool  #: memory holds (L, N, C)
-    first: int = 0  #: where the samples begin in the batch that dropout knows
+    first: int = 0  #: the first sample's index in the whole batch
 
-    @property
     def total(self) -> int:
-        """R."""
+        """R, the number of rows."""
         return self.samples * self.positions
 
-    @property
     def inner(self) -> int:
-        """Rows between one step of the outer dimension and the next."""
+        """Rows in one step of the outer dimension."""
         return self.samples if self.position_major else self.positions
 
-    @property
     def fork(self) -> tuple[int, int]:
-        """What leads from row i, with outer index a, to a fork's (2N, L, C): i + a · first, + second if it is mixed."""
-        return (self.samples, self.samples) if self.position_major else (0, self.total)
+        """(s, h): row i, of outer index a, is row i + a · s of a fork in its plain half, i + a · s + h in the mixed."""
+        return (self.samples, self.samples) if self.position_major else (0, self.total())
 
 
 class Tile(NamedTuple):
@@ -46,7 +43,6 @@ class Tile(NamedTuple):
     channels: int
     num_warps: int
 
-    @property
     def maxnreg(self) -> int:
         """Registers of a thread, few enough that two programs of 8 warps share a multiprocessor.
 
@@ -55,8 +51,8 @@ class Tile(NamedTuple):
         return min(128, 2048 // self.num_warps)
 
 
-# Warps for tiles of so many elements at most; a tile has at least as many as the first. Backward, in few programs that
-# live long, needs more bytes under way in each of them.
+# Warps for tiles of up to so many elements; a tile has at least the first number. Backward has few programs, each of
+# which needs more loads in flight.
 _WARPS = {
     "add_norm_forward": {1024: 4, 2048: 8, 4096: 16, 8192: 32},
     "add_norm_backward": {2048: 8, 8192: 16},
@@ -66,7 +62,7 @@ ACTIVATION_TILE = Tile(4, 512, 4)
 
 @cache
 def norm_tile(kernel: str, channels: int) -> Tile:
-    """Whole rows of ``channels``, several of them where they are short."""
+    """A tile of whole rows, of several if they are short."""
     width = max(32, 1 << (channels - 1).bit_length())
     warps = _WARPS[kernel]
     rows = max(1, min(warps) // width)
@@ -74,9 +70,9 @@ def norm_tile(kernel: str, channels: int) -> Tile:
 
 
 def partial_sums(rows: int, limits: Limits) -> int:
-    """Into how many partial sums a sum over ``rows`` goes: a program each, with four rows or more, two for a processor.
+    """The number of partial sums over ``rows``, one a program: of four rows or more, at most two a multiprocessor.
 
-    More of them cost more bytes to write and to add up than their parallelism gains.
+    More of them cost more bytes than their parallelism gains.
     """
     return max(1, min(2 * limits.multiprocessors, rows // 4))
 

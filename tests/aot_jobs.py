@@ -143,7 +143,7 @@ def _norm_jobs() -> Iterator[Job]:
                 if kernel == "add_norm_backward":
                     in_registers = add_norm.sums_in_registers(constants["HAS_X"], constants["NORM"], tile.channels)
                     constants["IN_REGISTERS"] = in_registers
-                    options["maxnreg"] = tile.maxnreg
+                    options["maxnreg"] = tile.maxnreg()
                 yield Job(
                     kernel, label, channels, keep, capability, f"{call}, {tile.num_warps} warps",
                     _elements(kernel, dtype, narrow), constants, options, False,

@@ -1,7 +1,7 @@
-"""Samples on their way between ranks: gathered, gathered in parts, and gradients on the way back.
+"""Collectives that gather samples, at once or in parts, and that sum their gradients over ranks.
 
-Tensors here hold samples along their first dimension and are contiguous; n of them are a rank's own, M all ranks'. A
-rank without samples has tensors of one row of zeros in place of none, and sends nothing.
+Tensors are contiguous and hold samples along their first dimension: n of one rank, M of all ranks. A rank without
+samples has tensors of one row of zeros, and sends nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastbf.distributed.process_groups import Batch, all_gather, peers, reduce_scatter
 
-#: Keys and values of the whole batch up to this size are gathered at once, larger ones come in parts.
+#: Keys and values of the whole batch up to this size are gathered at once. Larger ones come in parts.
 GATHER_BYTES = 256 << 20
-#: Chunks begin at multiples of this many samples, which dropout's decisions go by (``kernels/rng.py``).
+#: Chunks begin at multiples of this many samples, as dropout's decisions require (``kernels/rng.py``).
 ALIGNMENT = 128
 
 Place = TypeVar("Place")
@@ -27,7 +27,7 @@ class Pending:
     """A tensor that a collective is still writing."""
 
     def __init__(self, result: Tensor, works: list[dist.Work], *held: Tensor) -> None:
-        """held: tensors that the collective reads."""
+        """held: tensors that must live while the collective reads them."""
         self.result: Tensor = result
         self.works: list[dist.Work] = works
         self.held: tuple[Tensor, ...] = held
@@ -41,18 +41,18 @@ class Pending:
 
 
 def gathers(batch: Batch, sample_bytes: int) -> bool:
-    """Whether the samples of all ranks are gathered at once, at so many bytes each."""
-    return batch.total * sample_bytes <= GATHER_BYTES
+    """Whether the samples of all ranks, of ``sample_bytes`` each, are gathered at once."""
+    return batch.total() * sample_bytes <= GATHER_BYTES
 
 
 def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
-    """All ranks' samples, in the order of ranks.
+    """Begins to gather all ranks' samples, in the order of ranks.
 
     Args:
         x: (n, …).
         out: (M, …) to write to.
     """
-    group, own = peers(batch.group).group, x[: batch.own]
+    group, own = peers(batch.group).group, x[: batch.own()]
     if _even(batch):
         return Pending(out, [all_gather(out, own, group)], own)
     parts = torch.split(out, list(batch.sizes))
@@ -61,10 +61,10 @@ def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
 
 
 def scatter_sum(x: Tensor, batch: Batch) -> Pending:
-    """This rank's samples (n, …) of the sum over all ranks of x (M, …), which may be overwritten."""
+    """Begins to sum x (M, …) over ranks, and gives this rank's samples (n, …). x may be overwritten."""
     group = peers(batch.group).group
     if _even(batch):
-        out = torch.empty((batch.own, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        out = torch.empty((batch.own(), *x.shape[1:]), dtype=x.dtype, device=x.device)
         return Pending(out, [reduce_scatter(out, x, group)], x)
     parts = torch.split(x, list(batch.sizes))
     works = [_reduce(part, rank, group) for rank, part in enumerate(parts) if len(part)]
@@ -72,7 +72,7 @@ def scatter_sum(x: Tensor, batch: Batch) -> Pending:
 
 
 def _even(batch: Batch) -> bool:
-    return all(size == batch.own for size in batch.sizes)
+    return all(size == batch.own() for size in batch.sizes)
 
 
 def _broadcast(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
@@ -84,7 +84,7 @@ def _reduce(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
 
 
 def one_ahead(coming: Iterator[tuple[Place, Pending]]) -> Iterator[tuple[Place, Tensor]]:
-    """Waits for each tensor after the next one was begun; there are never more than two."""
+    """Begins each tensor before it waits for the one before; there are never more than two."""
     ready = next(coming, None)
     while ready is not None:
         place, pending = ready
@@ -96,41 +96,41 @@ def one_ahead(coming: Iterator[tuple[Place, Pending]]) -> Iterator[tuple[Place, 
 
 
 def by_positions(batch: Batch) -> bool:
-    """Whether parts hold all samples at some positions, not some samples: where no rank has a chunk of them."""
+    """Whether parts are all samples at some positions, not chunks of samples: if no rank has 128 samples."""
     return max(batch.sizes) < ALIGNMENT
 
 
 def blocks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-    """All ranks' samples x (n, L, W) at some positions at a time: the first position, and (M, l, W).
+    """All ranks' samples x (n, L, W) in blocks of positions: the first position, and (M, l, W).
 
-    A block is about as large as x, l = L / W for W ranks. The next one is under way while one is used.
+    A block is about as large as x: l is L over the number of ranks. The next one is sent while one is used.
     """
     parts = torch.split(x, -(-x.shape[1] // len(batch.sizes)), dim=1)
     starts = range(0, x.shape[1], parts[0].shape[1])
 
     def begun(part: Tensor) -> Pending:
-        out = torch.empty((batch.total, *part.shape[1:]), dtype=x.dtype, device=x.device)
+        out = torch.empty((batch.total(), *part.shape[1:]), dtype=x.dtype, device=x.device)
         return gather(part.contiguous(), out, batch)
 
     yield from one_ahead((start, begun(part)) for start, part in zip(starts, parts, strict=True))
 
 
 def chunk_rows(batch: Batch) -> int:
-    """Samples in a chunk: as many as the largest rank has, and a multiple of 128."""
+    """Samples in a chunk: as many as the largest rank has, rounded up to a multiple of 128."""
     return -(-max(batch.sizes) // ALIGNMENT) * ALIGNMENT
 
 
 def chunks(x: Tensor, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-    """All ranks' samples x (n, …) a chunk at a time: where it begins in the whole batch, and (m, …).
+    """All ranks' samples x (n, …) in chunks: the first sample's index in the whole batch, and (m, …).
 
-    The next one is under way while one is used.
+    The next one is sent while one is used.
     """
-    starts = range(0, batch.total, chunk_rows(batch))
+    starts = range(0, batch.total(), chunk_rows(batch))
     yield from one_ahead((start, _chunk(x, start, batch)) for start in starts)
 
 
 def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:
-    stop = min(start + chunk_rows(batch), batch.total)
+    stop = min(start + chunk_rows(batch), batch.total())
     out = torch.empty((stop - start, *x.shape[1:]), dtype=x.dtype, device=x.device)
     works = []
     for rank, part, samples in _owners(out, start, batch):
@@ -141,7 +141,7 @@ def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:
 
 
 def sum_chunk(x: Tensor, start: int, batch: Batch) -> Pending:
-    """x (m, …), of the chunk that begins at ``start``, with each rank's samples in it summed over ranks there."""
+    """Begins to sum a chunk x (m, …), which begins at ``start``, over ranks. Each rank gets the sum of its samples."""
     return Pending(x, [_reduce(part, rank, peers(batch.group).group) for rank, part, _ in _owners(x, start, batch)])
 
 

@@ -1,9 +1,9 @@
-"""Attention to keys and values that come from other ranks in parts, so that none holds all of them.
+"""Attention to keys and values that other ranks send in parts, so that no rank holds all of them.
 
-Either chunks of samples come, and results are merged by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867;
-across devices: Ring Attention, Liu et al., arXiv 2310.01889), or, where ranks have few samples at many positions, all
-samples at some of the positions, which are problems of their own. Backward receives them again. A rank's queries, own
-keys and two such parts are all there is in memory, in backward with as many gradients of them.
+A part is a chunk of samples, and results are merged by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867;
+across devices: Ring Attention, Liu et al., arXiv 2310.01889). Where ranks have few samples at many positions, a part is
+all samples at some positions, which are separate problems. Backward receives the parts again. Memory holds a rank's
+queries, its own keys and two parts, and in backward two gradients of parts.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ def forward(part: Callable[..., None], q: Tensor, kv: Tensor, o: Tensor, lse: Te
     """Writes o and the log-sum-exp, to the base 2, of attention to all ranks' keys.
 
     Args:
-        part: ``part(q, k, v, o=, lse=, origin=)`` writes those at the positions, and of the keys, that k and v have,
-            which begin at ``origin``, (group, query, key).
+        part: ``part(q, k, v, o=, lse=, origin=)`` writes both for the positions and keys of k and v, which begin at
+            ``origin``, (group, query, key).
         q: (N, L, H, D).
         kv: (N, L, 2C), contiguous: this rank's.
         o: (N, L, H, D).
-        lse: (L · H, N), fp32, or fp64 where q is; None where ``part`` needs none, of 32 keys at most.
-        batch: where this rank's samples stand.
+        lse: (L · H, N), fp32, or fp64 where q is; None if ``part`` needs none, with up to 32 keys.
+        batch: the samples of all ranks.
     """
     heads = q.shape[-2]
     if lse is None or collectives.by_positions(batch):
         for start, block in collectives.blocks(kv, batch):
-            part(q, *split_kv(block, heads), o=o, lse=lse, origin=(start * heads, batch.first, 0))
-            del block  # before the block after the next is asked for
+            part(q, *split_kv(block, heads), o=o, lse=lse, origin=(start * heads, batch.first(), 0))
+            del block  # frees it before another block is begun
         return
     total = None
     for first, chunk in collectives.chunks(kv, batch):
         some = torch.empty(q.shape, dtype=lse.dtype, device=q.device), torch.empty_like(lse)
-        part(q, *split_kv(chunk, heads), o=some[0], lse=some[1], origin=(0, batch.first, first))
+        part(q, *split_kv(chunk, heads), o=some[0], lse=some[1], origin=(0, batch.first(), first))
         del chunk
         total = some if total is None else _merged(*total, *some)
     assert total is not None  # a batch has samples
@@ -70,8 +70,8 @@ def backward(
     """Writes the gradients of q and of this rank's kv; sums over ranks and chunks are taken in fp32, or fp64.
 
     Args:
-        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, origin=)`` writes those at the positions, and of the keys, that
-            k and v have.
+        part: ``part(do, q, k, v, o, lse, dq=, dk=, dv=, origin=)`` writes them for the positions and keys of
+            k and v.
         do: (N, L, H, D).
         q, kv, o, lse, batch: as in :func:`forward`.
         dq: (N, L, H, D).
@@ -83,7 +83,7 @@ def backward(
         """Writes dq, and returns the gradient of keys and values that begin at a position and a key."""
         d_part = torch.empty(kv_part.shape, dtype=dtype, device=q.device)
         (k, v), (dk, dv) = split_kv(kv_part, heads), split_kv(d_part, heads)
-        part(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, origin=(position * heads, batch.first, key))
+        part(do, q, k, v, o, lse, dq=dq, dk=dk, dv=dv, origin=(position * heads, batch.first(), key))
         return d_part
 
     def of_blocks() -> Iterator[tuple[Tensor, Pending]]:
@@ -104,10 +104,10 @@ def backward(
     if collectives.by_positions(batch):
         for out, summed in collectives.one_ahead(of_blocks()):
             take_own(summed, out)
-            del summed  # before the gradient after the next is computed
+            del summed  # frees it before another gradient is computed
         return
     total = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    if batch.own == 0:
+    if batch.own() == 0:
         d_kv.zero_()
     for first, d_chunk in collectives.one_ahead(of_chunks()):
         collectives.take_from_chunk(d_chunk, first, d_kv, batch)

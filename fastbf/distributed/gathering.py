@@ -1,4 +1,4 @@
-"""All ranks' samples at one of them, with gradients: what attention across ranks and contrastive losses stand on.
+"""Gathers all ranks' samples, with gradients, for attention across ranks and contrastive losses.
 
 docs/distributed.md says what is exact, what is sent and what is kept.
 """
@@ -22,27 +22,27 @@ from fastbf.torch_state import differentiated
 
 
 def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
-    """All ranks' samples, with the gradient that a sum over the ranks' losses has.
+    """Gathers all ranks' samples. Gradients are those of the sum of all ranks' losses.
 
     For a contrastive loss over all ranks' keys::
 
         keys, first = fastbf.distributed.gather(keys, group)
         loss = linear_cross_entropy(queries, keys, first + torch.arange(n), scale=1 / 0.2)
 
-    Each rank takes the loss of its own queries. Backward sums over ranks what each of them sends a sample's gradient,
-    so DistributedDataParallel's average gives the gradients of one process on the whole batch. (Where every rank
-    computes the loss of all queries, that sum counts it once for each rank: take the own queries only.)
+    Each rank takes the loss of its own queries. If each took that of all queries, they would count once for each rank.
+    Backward sums a sample's gradients over ranks, so DistributedDataParallel's average gives the gradients of one
+    process on the whole batch.
 
     Args:
         x: (n, …), floating point; n may differ between ranks and be 0, the rest must be the same.
-        process_group: a ``torch.distributed`` group; every one of its ranks calls. None is this process alone.
+        process_group: a ``torch.distributed`` group; every rank of it calls. None is this process alone.
 
     Returns:
-        (M, …), the samples of rank 0, then those of rank 1, …; and where this rank's begin among them.
+        (M, …), the samples of rank 0, then those of rank 1, …; and the index of this rank's first sample.
 
     Raises:
         TypeError: x is not a tensor of fp16, bf16, fp32 or fp64, process_group is not a group.
-        ValueError: ranks that do not fit each other, on all of them; a group that this process is not in.
+        ValueError: calls that do not fit each other, on every rank; a group that this process is not in.
 
     Source: docs/distributed.md; the contrastive loss of MoCo v3 (arXiv 2104.02057), section 3.
     """
@@ -52,7 +52,7 @@ def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
     if name is None or rank_and_size(name)[1] == 1:
         return x, 0
     batch = meet(name, x.shape[0], Facts("gather", x.dtype, differentiated(x), "torch", 0, 0, x.shape[1:]))
-    return gather_batch(x, batch) if batch.total else confirmed(x, batch), batch.first
+    return gather_batch(x, batch) if batch.total() else confirmed(x, batch), batch.first()
 
 
 def gather_batch(x: Tensor, batch: Batch, coming: Pending | None = None) -> Tensor:
@@ -60,14 +60,14 @@ def gather_batch(x: Tensor, batch: Batch, coming: Pending | None = None) -> Tens
 
     Args:
         x: this rank's samples; one row of zeros if it has none.
-        batch: whose samples; one at least.
-        coming: the same, begun by :func:`begin`.
+        batch: the samples of all ranks, one at least.
+        coming: what :func:`begin` returned for x.
     """
     return _Gathered.apply(x.contiguous(), batch, coming)
 
 
 def confirmed(x: Tensor, batch: Batch) -> Tensor:
-    """x, of a batch without samples, once the ranks have met about it."""
+    """Holds the meeting of a batch without samples, if it was not held, and returns x."""
     if batch.met:
         return x
     zero = x.new_zeros(())
@@ -76,7 +76,7 @@ def confirmed(x: Tensor, batch: Batch) -> Tensor:
 
 
 def begin(x: Tensor, batch: Batch) -> Pending | None:
-    """Sends x (n, …) on its way; nothing under a compiler, which has operators wait."""
+    """Begins to gather x (n, …); None under a compiler, where operators wait for the other ranks."""
     if torch.compiler.is_compiling():
         return None
     return collectives.gather(x.detach().contiguous(), _empty_for_all(x, batch), batch)
@@ -95,31 +95,31 @@ class _Gathered(Function):
     @staticmethod
     @once_differentiable("what was gathered from other ranks cannot be differentiated twice")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own = grad.new_empty((ctx.batch.own, *grad.shape[1:]))
+        own = grad.new_empty((ctx.batch.own(), *grad.shape[1:]))
         _scatter_sum(grad.contiguous(), own, *ctx.batch)
-        if ctx.batch.own < ctx.samples:  # this rank has no samples, and x is a row of zeros
+        if ctx.batch.own() < ctx.samples:  # this rank has no samples, and x is a row of zeros
             own = grad.new_zeros((ctx.samples, *grad.shape[1:]))
         return own, None, None
 
 
 def _empty_for_all(x: Tensor, batch: Batch) -> Tensor:
-    return torch.empty((batch.total, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    return torch.empty((batch.total(), *x.shape[1:]), dtype=x.dtype, device=x.device)
 
 
-@communicating("Tensor(a!) zero", "zero")
+@communicating("Tensor(a!) zero")
 def _confirm(zero: Tensor, *batch: Any) -> None:
-    """Writes nothing."""
+    """Holds the meeting; writes nothing."""
     confirm(Batch(*batch))
 
 
-@communicating("Tensor x, Tensor(a!) out", "out")
+@communicating("Tensor x, Tensor(a!) out")
 def _gather(x: Tensor, out: Tensor, *batch: Any) -> None:
     """Writes all ranks' samples (M, …)."""
     confirm(Batch(*batch))
     collectives.gather(x, out, Batch(*batch)).wait()
 
 
-@communicating("Tensor x, Tensor(a!) out", "out")
+@communicating("Tensor x, Tensor(a!) out")
 def _scatter_sum(x: Tensor, out: Tensor, *batch: Any) -> None:
     """Writes this rank's part of the sum over ranks, which is taken in fp32 at least; x is left as it is."""
     total = x.to(compute_dtype(x.dtype), copy=True)

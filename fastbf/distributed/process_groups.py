@@ -1,10 +1,9 @@
 """Which ranks share a batch, and how they agree on it before any of them sends a sample.
 
-A process group is known by its ``group_name``, a string: modules that hold one can be copied and pickled, and an
+A process group is identified by its ``group_name``, a string. Modules that hold it can be copied and pickled, and an
 operator can take it. Every call of an op across ranks begins with a *meeting*: each rank sends all others its number of
-samples and what it is about to do, in one small message between hosts, which waits for no GPU. So batches of different
-sizes are known as such, and calls that do not fit each other end in the same error on every rank, before tensors are
-sent.
+samples and its :class:`Facts`, in one small message between hosts, which waits for no GPU. So every rank knows the
+sizes of all batches, and calls that do not fit each other raise the same error on every rank before tensors are sent.
 """
 
 from __future__ import annotations
@@ -29,27 +28,24 @@ class Peers(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch that lies on several ranks, in their order."""
+    """A batch whose samples are on several ranks, in their order."""
 
     group: str
     rank: int
     sizes: Sequence[int]  #: samples of every rank
-    facts: Sequence[int]  #: what the ranks agree on besides: numbers of :class:`Facts`
-    met: bool  #: whether the ranks have agreed on that; under a compiler they do when the operator runs
+    facts: Sequence[int]  #: :meth:`Facts.numbers` of the call
+    met: bool  #: whether the meeting was held; under a compiler the operator holds it
 
-    @property
     def first(self) -> int:
-        """Where this rank's samples begin."""
+        """The index of this rank's first sample."""
         return sum(self.sizes[: self.rank])
 
-    @property
     def own(self) -> int:
-        """This rank's samples."""
+        """The number of this rank's samples."""
         return self.sizes[self.rank]
 
-    @property
     def total(self) -> int:
-        """All ranks' samples."""
+        """The number of all ranks' samples."""
         return sum(self.sizes)
 
 
@@ -68,13 +64,13 @@ class Facts(NamedTuple):
     call: str
     dtype: torch.dtype  #: of what is sent
     backward: bool  #: whether a backward will send gradients
-    backend: str  #: ranks must come to their collectives in the same order, also to those of others between them
+    backend: str  #: the order of collectives depends on it, and all ranks need the same order
     num_heads: int
     dropout: int  #: ``fastbf.dropout.drop_threshold``
     shape: Sequence[int]  #: of a sample
 
     def numbers(self) -> list[int]:
-        """As integers, as many for every call.
+        """The facts as integers, as many for every call.
 
         Raises:
             TypeError: a dtype that is none of fp16, bf16, fp32 and fp64.
@@ -91,17 +87,17 @@ class Facts(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Facts:
-        """From :meth:`numbers`."""
+        """The facts of :meth:`numbers`."""
         call, dtype, backward, backend, num_heads, dropout, dimensions, *shape = numbers
         kinds = _CALLS[call], _DTYPES[dtype], bool(backward), _BACKENDS[backend]
         return cls(*kinds, num_heads, dropout, tuple(shape[:dimensions]))
 
 
 def name_of(process_group: object) -> str | None:
-    """The name of a process group; a name and None are given back.
+    """The name of a process group; a name or None is returned as it is.
 
     Raises:
-        TypeError: something else than a process group.
+        TypeError: not a process group.
         ValueError: a group that this process is not a member of.
     """
     if process_group is None or isinstance(process_group, str):
@@ -114,10 +110,10 @@ def name_of(process_group: object) -> str | None:
 
 
 def group_of(name: str | None) -> dist.ProcessGroup | None:
-    """The group of a name; None is given back.
+    """The group of a name; None for None.
 
     Raises:
-        ValueError: this process has none of that name: the layer that holds it comes from elsewhere.
+        ValueError: this process has no group of that name, as a layer from another process may.
     """
     return None if name is None else _group(name)
 
@@ -133,7 +129,7 @@ def _group(name: str) -> dist.ProcessGroup:
 
 @traced_as_constant
 def rank_and_size(name: str) -> tuple[int, int]:
-    """This process's place in a group, and how many there are."""
+    """This process's rank in a group, and the number of ranks."""
     group = _group(name)
     return dist.get_rank(group), dist.get_world_size(group)
 
@@ -148,13 +144,13 @@ def peers(name: str) -> Peers:
         ValueError: neither the group nor another one made for that carries messages between hosts.
     """
     group, found = _group(name), _peers.get(name)
-    if found is None or found.group is not group:  # names are given anew after destroy_process_group
+    if found is None or found.group is not group:  # names are used again after destroy_process_group
         found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group))
     return found
 
 
 def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks of a group as one that carries CPU tensors."""
+    """A group of the same ranks that carries CPU tensors."""
     if "cpu:" in dist.get_backend_config(group):
         return group
     if group is dist.group.WORLD:
@@ -168,8 +164,8 @@ def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
 def meet(name: str, samples: int, facts: Facts) -> Batch:
     """Holds the meeting of a call: every rank learns how many samples each of the others has.
 
-    Under a compiler all ranks are taken to have as many: the operator that gets the batch holds the meeting then, by
-    :func:`confirm`.
+    Under a compiler all ranks are assumed to have as many as this one. The operator that gets the batch then holds the
+    meeting, by :func:`confirm`.
 
     Args:
         name: of the group; all of its ranks call.
@@ -187,14 +183,14 @@ def meet(name: str, samples: int, facts: Facts) -> Batch:
 
 
 def confirm(batch: Batch) -> None:
-    """Holds the meeting of a batch whose ranks were taken to have as many samples each, if it was not held.
+    """Holds the meeting of a batch if it was not held, and checks that all ranks have the same number of samples.
 
     Raises:
         ValueError: on every rank, if they have not.
     """
     if batch.met:
         return
-    sizes = _exchange(batch.group, batch.own, batch.facts)
+    sizes = _exchange(batch.group, batch.own(), batch.facts)
     if len(set(sizes)) > 1:
         raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
 
@@ -219,10 +215,10 @@ def _exchange(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Begins ``torch.distributed``'s, under the name that the version of torch has for it."""
+    """Begins ``torch.distributed``'s all-gather, whose name depends on the version of torch."""
     return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group, async_op=True)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Begins ``torch.distributed``'s sum, likewise."""
+    """Begins ``torch.distributed``'s reduce-scatter, whose name depends on the version of torch."""
     return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group, async_op=True)

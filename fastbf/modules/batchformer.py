@@ -171,7 +171,7 @@ class BatchFormer(nn.Module):
             targets = tuple(_doubled(target, n) for target in targets)
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
-        *others, last = self.layers.children()
+        *others, last = self.layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
         if isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):
             x = _flat(x)

@@ -60,7 +60,6 @@ class Call(NamedTuple):
     scale: float
     dropout: Dropout | None
 
-    @property
     def kept_scale(self) -> float:
         return 1.0 if self.dropout is None else self.dropout.scale
 
@@ -95,7 +94,7 @@ def pieces(shape: Sequence[int], device: torch.device) -> Iterator[tuple[slice, 
             yield slice(g, min(g + group_step, shape[0])), slice(r, min(r + row_step, shape[1]))
 
 
-def _rooms(count: int, x: Tensor, columns: int) -> Tensor:
+def _scratch(count: int, x: Tensor, columns: int) -> Tensor:
     """``count`` scratch tensors for all pieces. To allocate them for each would cost as much as to compute it."""
     return x.new_empty(count, *cut((*x.shape[:2], columns), x.device), columns)
 
@@ -105,13 +104,13 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Te
 
     q (G, N, D), k and v (G, M, D), contiguous.
     """
-    shape, o, rooms = (*q.shape[:2], k.shape[1]), torch.empty_like(q), _rooms(2, q, k.shape[1])
+    shape, o, scratch = (*q.shape[:2], k.shape[1]), torch.empty_like(q), _scratch(2, q, k.shape[1])
     kept = q.new_empty(shape) if keep else None
     for group, row in pieces(shape, q.device):
         q_piece, o_piece = q[group, row], o[group, row]
-        room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
+        room, spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
         weights = call.weights(q_piece, k[group], group, row, spare if kept is None else kept[group, row], room)
-        scaled_bmm(torch.clamp_min(weights, 0, out=room), v[group], call.kept_scale, out=o_piece)
+        scaled_bmm(torch.clamp_min(weights, 0, out=room), v[group], call.kept_scale(), out=o_piece)
     return o, kept
 
 
@@ -119,16 +118,16 @@ def backward(
     call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, grads: Sequence[Tensor]
 ) -> None:  # fmt: skip
     """Writes the gradients of q, k and v; ``do`` is the result's, and :func:`forward` returned ``kept``."""
-    (dq, dk, dv), rooms = grads, _rooms(3, q, k.shape[1])
+    (dq, dk, dv), scratch = grads, _scratch(3, q, k.shape[1])
     for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
         q_piece, do_piece, k_group, dk_group, dv_group = q[group, row], do[group, row], k[group], dk[group], dv[group]
-        ds, room, spare = rooms[:, : q_piece.shape[0], : q_piece.shape[1]]
+        ds, room, spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
         weights = call.weights(q_piece, k_group, group, row, spare, room) if kept is None else kept[group, row]
         add = float(row.start > 0)  # 1 adds to the sums over earlier rows of the group
-        scaled_bmm(do_piece, v[group].mT, call.kept_scale, out=ds)
+        scaled_bmm(do_piece, v[group].mT, call.kept_scale(), out=ds)
         _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
         dropped = torch.clamp_min(weights, 0, out=room)
-        torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale, out=dv_group)
+        torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale(), out=dv_group)
         ds.mul_(torch.abs(weights, out=room))
         ds.addcmul_(room, ds.sum(-1, keepdim=True), value=-1)  # softmax's gradient: p · (dp - Σ p · dp)
         scaled_bmm(ds, k_group, call.scale, out=dq[group, row])

@@ -49,7 +49,7 @@ class _AcrossRanks(Function):
 
 
 @communicating(
-    "Tensor q, Tensor kv, Tensor(a!) o, Tensor(b!) lse, Tensor? seed, float scale, float dropout_p", "o", "lse"
+    "Tensor q, Tensor kv, Tensor(a!) o, Tensor(b!) lse, Tensor? seed, float scale, float dropout_p"
 )  # fmt: skip
 def _torch_attention_across_ranks_forward(
     q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, scale: float, dropout_p: float, *of_batch: Any
@@ -63,7 +63,6 @@ def _torch_attention_across_ranks_forward(
 @communicating(
     "Tensor do, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor(a!) dq, Tensor(b!) d_kv, Tensor? seed, float scale,"
     " float dropout_p",
-    "dq", "d_kv",
 )  # fmt: skip
 def _torch_attention_across_ranks_backward(
     do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor, dq: Tensor, d_kv: Tensor, *numbers: Any
@@ -93,7 +92,7 @@ class _Part(NamedTuple):
             lse[group, row] = of_rows / math.log(2)
             words = call.words(scores.shape, q.device, group, row)
             weights = call.sign(scores.sub_(of_rows[..., None]).exp_(), words, torch.empty_like(scores))
-            scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale, out=total[group, row])
+            scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale(), out=total[group, row])
         o.copy_(unbatched(total, like=o))
 
     def backward(
@@ -111,8 +110,8 @@ class _Part(NamedTuple):
             words = call.words(weights.shape, q.device, group, row)
             ds = torch.empty_like(weights)
             weights = call.sign(weights, words, ds)
-            gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale)
-            scaled_bmm(do[at], v[group].mT, call.kept_scale, out=ds)
+            gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale())
+            scaled_bmm(do[at], v[group].mT, call.kept_scale(), out=ds)
             torch.ops.aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
             ds.sub_(delta[at]).mul_(weights.abs_())
             scaled_bmm(ds, k[group], self.scale, out=gq[at])

@@ -164,7 +164,7 @@ def _d_products(
     z: Tensor, rows: range, targets: _Targets, grad: Tensor, scale: float, logit_bias: Tensor | None, wanted: bool, *,
     out: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes the gradient of z, the products of ``rows``, to ``out``; returns the logits' summed over rows if ``wanted``."""
+    """Writes the gradient of z, which holds ``rows``. If ``wanted``, returns the logits' gradient summed over rows."""
     sums = None
     for part in _parts(rows, z):
         logits = reference.class_logits(_within(z, rows, part).to(grad.dtype), scale, logit_bias)
@@ -195,7 +195,7 @@ def _differentiable(
 
 
 def _products(x: Tensor, num_classes: int) -> Iterator[range]:
-    """The rows of each matrix product, where one does not compute all of them."""
+    """The rows of each matrix product, if one does not compute all rows."""
     elements = 2 * chunk_elements(x.device, compute_dtype(x.dtype))
     return _cut(range(x.shape[0]), max(_MIN_ROWS, elements // num_classes))
 
@@ -216,7 +216,7 @@ def _cut(rows: range, step: int) -> Iterator[range]:
 
 
 def _within(z: Tensor, rows: range, part: range) -> Tensor:
-    """Of z, which holds ``rows``, those of ``part``."""
+    """The rows ``part`` of z, which holds ``rows``."""
     return z[part.start - rows.start : part.stop - rows.start]
 
 
@@ -258,13 +258,13 @@ def linear_cross_entropy(
                 x, linear_weight, linear_bias, prior, targets, scale, stats, keep
             )  # fmt: skip
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
-    each = norm.sum()  # the denominator of one stream
-    each = torch.where(each == 0, torch.nan, each)  # NaN if no row counts, even where smoothing leaves a loss
+    denominator = norm.sum()  # of one stream
+    denominator = torch.where(denominator == 0, torch.nan, denominator)  # NaN if no row counts, smoothed or not
     result = loss.view(rows) if reduction == "none" else loss.sum()
-    result = (result / (each * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)
+    result = (result / (denominator * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)
     if not stats:
         return result, ()
     streams = loss.detach().view(2 if forked else 1, -1)
     counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
     accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result, (streams.sum(-1) / each.detach(), accuracy, unadjusted_accuracy)
+    return result, (streams.sum(-1) / denominator.detach(), accuracy, unadjusted_accuracy)

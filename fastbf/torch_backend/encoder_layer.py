@@ -36,7 +36,7 @@ def encoder_layer(
     w, channels, dropout = weights, x.shape[-1:], None
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
     if dropout_p:
-        first = (0, 0 if batch is None else batch.first, 0)
+        first = (0, 0 if batch is None else batch.first(), 0)
         dropout = Dropout(dropout_p, seed, compute_dtype(autocast_dtype(x) or x.dtype), first)
         if seed is None and not dropout.plain:
             _draw_ahead(dropout, x, w.linear1_weight.shape[0], num_heads)
@@ -83,7 +83,7 @@ def _across_ranks(
     if at_once:
         k, v = split_kv(gathering.gather_batch(kv, batch, coming), num_heads)
         p = options.dropout_p
-        o = attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed, first_row=batch.first, keep=False)
+        o = attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed, first_row=batch.first(), keep=False)
     else:
         o = attention_across_ranks.attention(q, kv.contiguous(), scale, options.dropout_p, seed, batch)
     return o.reshape(x.shape)

@@ -1,1 +1,1 @@
-"""Triton kernels: autograd Functions over the launchers of ``kernels/``. Its modules import triton."""
+"""The Triton backend: autograd Functions over the launchers of ``kernels/``. Its modules import triton."""

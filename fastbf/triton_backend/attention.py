@@ -17,10 +17,9 @@ __all__ = ["BuildError", "batch_attention"]
 
 
 class _Attention(Function):
-    """Saves q, k, v, the seed and, where attention streams, the result and the log-sum-exp, positions · H · N fp32
-    numbers.
+    """Saves q, k, v, the seed and, if attention streams, the result and lse, positions · H · N fp32 numbers.
 
-    Nothing of size N × M is saved, and no dropout decision: the seed gives those again.
+    Nothing of size N × M is saved. The seed gives dropout's decisions again.
     """
 
     @staticmethod

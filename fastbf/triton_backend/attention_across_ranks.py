@@ -1,9 +1,9 @@
 """Attention of an encoder layer on kernels where several ranks share the batch.
 
-The product of keys and values comes first, and they travel while that of the queries runs. In backward their gradients
-travel while the output projection's is computed. Where the whole batch's keys and values are too large to hold, they
-come in parts, in either direction (``fastbf/distributed/exchange.py``). While ``torch.compile`` traces, each direction
-is one operator, which waits.
+Keys and values are computed first, and are sent while the queries are computed. In backward their gradients are sent
+while the output projection's is computed. If the whole batch's keys and values are too large to hold, they come in
+parts, in both directions (``fastbf/distributed/exchange.py``). While ``torch.compile`` traces, each direction is one
+operator, which waits for the other ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def forward(normed: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, s
 
 
 def _begin(kv: Tensor, kept: Tensor, batch: Batch) -> Pending | None:
-    """Writes this rank's kv to ``kept``, or all ranks', which are on their way then, if they are not too large."""
+    """Begins to gather all ranks' kv in ``kept``. If they are too large, copies this rank's there and returns None."""
     if collectives.gathers(batch, kv[0].numel() * kv.element_size()):
         return collectives.gather(kv, kept, batch)
     kept.copy_(kv)
@@ -69,7 +69,7 @@ def _attend(
         exchange.forward(_forward_part(options), q, kv, o, lse, batch)
         return
     k, v = split_kv(coming.wait(), q.shape[-2])
-    attention.forward(q, k, v, options._replace(row=batch.first), o=o, lse=lse)
+    attention.forward(q, k, v, options._replace(row=batch.first()), o=o, lse=lse)
 
 
 def _forward_part(options: Options) -> Callable[..., None]:
@@ -83,7 +83,6 @@ def _forward_part(options: Options) -> Callable[..., None]:
 
 @communicating(
     "Tensor q, Tensor kv, Tensor(a!) kept, Tensor(b!) o, Tensor(c!)? lse, Tensor? seed, float scale, SymInt threshold",
-    "kept", "o", "lse",
 )  # fmt: skip
 def _triton_attention_across_ranks_forward(
     q: Tensor, kv: Tensor, kept: Tensor, o: Tensor, lse: Tensor | None, seed: Tensor | None, scale: float,
@@ -95,7 +94,7 @@ def _triton_attention_across_ranks_forward(
 
 
 def backward(do: Tensor, layer: Layer, saved: Saved, d_qkv: Tensor) -> Pending | None:
-    """Writes the gradient of qkv: that of q at once, that of k and v, with :func:`finish`, when it has come.
+    """Writes the gradient of q. Those of k and v are written too, or by :func:`finish` if they are still being summed.
 
     Args:
         do: [R, C], of o.
@@ -116,7 +115,7 @@ def backward(do: Tensor, layer: Layer, saved: Saved, d_qkv: Tensor) -> Pending |
 
 
 def finish(pending: Pending | None, layer: Layer, d_qkv: Tensor | None) -> None:
-    """Waits for what :func:`backward` left on its way."""
+    """Waits for the sum that :func:`backward` began, and writes the gradients of k and v."""
     if pending is not None and d_qkv is not None:
         exchange.take_own(pending.wait(), layer.by_sample(d_qkv)[..., d_qkv.shape[1] // 3 :])
 
@@ -125,7 +124,7 @@ def _gradients(
     do: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], d_q: Tensor, d_kv: Tensor, options: Options,
     batch: Batch,
 ) -> Pending | None:  # fmt: skip
-    """Writes the gradient of q, and that of kv unless it is still on its way."""
+    """Writes the gradient of q, and that of kv unless its sum over ranks is returned."""
     q, kv, o, lse = saved
     heads = q.shape[-2]
     if not collectives.gathers(batch, kv[0].numel() * kv.element_size()):
@@ -133,7 +132,7 @@ def _gradients(
         return None
     d_all = torch.empty(kv.shape, dtype=torch.float32, device=do.device)
     inputs, grads = Inputs(q, *split_kv(kv, heads), o, lse), Gradients(d_q, *split_kv(d_all, heads))
-    attention.backward(do, inputs, options._replace(row=batch.first), grads)
+    attention.backward(do, inputs, options._replace(row=batch.first()), grads)
     return collectives.scatter_sum(d_all, batch)
 
 
@@ -151,7 +150,6 @@ def _backward_part(options: Options) -> Callable[..., None]:
 @communicating(
     "Tensor do, Tensor q, Tensor kv, Tensor o, Tensor? lse, Tensor(a!) d_q, Tensor(b!) d_kv, Tensor? seed, float scale,"
     " SymInt threshold",
-    "d_q", "d_kv",
 )  # fmt: skip
 def _triton_attention_across_ranks_backward(
     do: Tensor, q: Tensor, kv: Tensor, o: Tensor, lse: Tensor | None, d_q: Tensor, d_kv: Tensor, seed: Tensor | None,

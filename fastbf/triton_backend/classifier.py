@@ -1,8 +1,8 @@
 """The shared classifier's loss on kernels, between matrix products.
 
-The logits are kept once, in the dtype of the product that makes them, as long as that takes no more than a share of the
-device's memory; above it they are made in chunks of rows, and made again in backward. Their gradient takes the place of
-the logits, or, where these are needed once more because the graph is retained, is made in chunks of rows beside them.
+The logits are kept once, in the dtype of their product, if they take at most a share of the device's memory. Larger
+ones are computed in chunks of rows, and again in backward. The gradient overwrites kept logits. If these are needed
+once more, because the graph is retained, it is computed in chunks of rows in a buffer of its own.
 
 Source: docs/design.md, the mathematics.
 """
@@ -18,19 +18,19 @@ from torch.autograd.graph import increment_version
 
 from fastbf.kernels import cross_entropy
 from fastbf.kernels.cross_entropy import Options
-from fastbf.kernels.launch import BuildError
+from fastbf.kernels.launch import BuildError, operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
 from fastbf.triton_backend.functions import by_kernels, dense, distinct, limits_of, product_dtype
-from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into, weight_gradient
+from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into, weight_gradient_into
 
 __all__ = ["BuildError", "linear_cross_entropy"]
 
-#: Shares of the device's memory: how much the logits that are kept for backward may take (5 GiB of 80), and how much of
-#: logits, or of their gradient, is made at a time (1.25 GiB).
+#: Shares of the device's memory: for logits that are kept for backward (5 GiB of 80), and for a chunk of logits or of
+#: their gradient (1.25 GiB).
 KEPT, CHUNK = 1 / 16, 1 / 64
-#: Rows of a chunk, at least: each chunk reads the whole weight and adds to its whole gradient.
+#: The least number of rows in a chunk. Each chunk reads the whole weight and adds to its whole gradient.
 MIN_ROWS = 512
 
 
@@ -43,15 +43,14 @@ class Head(NamedTuple):
     label_smoothing: float
     forked: bool
     stats: bool
-    keep: bool  #: the logits, for backward
+    keep: bool  #: whether the logits are kept for backward
     compute: torch.dtype  #: of the matrix products
     loss: torch.dtype
 
     def options(self, bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None) -> Options:
-        """What both kernels take."""
+        """The options of both kernels."""
         return Options(weight, bias, logit_bias, self.scale, self.ignore_index, self.label_smoothing)
 
-    @property
     def streams(self) -> int:
         """2 for a fork, else 1."""
         return 2 if self.forked else 1
@@ -63,7 +62,7 @@ def keeps(rows: int, num_classes: int, dtype: torch.dtype, device: torch.device)
 
 
 def _chunks(x: Tensor, num_classes: int) -> list[slice]:
-    """The rows to work on at a time: as few chunks as memory allows, of about the same size."""
+    """Chunks of rows: as few as memory allows, of about the same size."""
     rows, most = x.shape[0], max(MIN_ROWS, int(CHUNK * limits_of(x.device).memory) // (num_classes * x.dtype.itemsize))
     if rows <= most:
         return [slice(0, rows)]
@@ -72,23 +71,23 @@ def _chunks(x: Tensor, num_classes: int) -> list[slice]:
 
 
 def _buffer(x: Tensor, num_classes: int, rows: int) -> Tensor:
-    """Room for the logits of so many rows, or for their gradient."""
+    """Memory for the logits of ``rows`` rows, or for their gradient."""
     return torch.empty(rows, cross_entropy.padded(num_classes, x.dtype), dtype=x.dtype, device=x.device)
 
 
-class Results(NamedTuple):
-    """What forward gives, and leaves for backward."""
+class Saved(NamedTuple):
+    """What forward saves for backward."""
 
-    loss: Tensor  #: (), or (M,) for "none"
-    stats: Tensor  #: fp32 (3, streams): ``kernels.cross_entropy.STATS``
     total: Tensor  #: fp32 (1,): what a mean divides by
     x: Tensor  #: (M, C) in the products' dtype
-    matrix: Tensor  #: (K, C): the classifier's weight likewise
-    z: Tensor  #: (M, K + padding), or no rows of it if they are not kept: the products
+    matrix: Tensor  #: (K, C), the classifier's weight in the same dtype
+    z: Tensor  #: (M, K + padding), the products; no rows if they are not kept
     of_rows: Tensor  #: fp32 (6, M): ``kernels.cross_entropy.ROW``
 
 
-def forward(x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head) -> Results:
+def forward(
+    x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head
+) -> tuple[Tensor, Tensor, Saved]:  # fmt: skip
     """The loss of logits = scale · (x · matrixᵀ + bias) + logit_bias, and what backward needs.
 
     Args:
@@ -102,25 +101,37 @@ def forward(x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: H
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    rows, num_classes, whole = x.shape[0], matrix.shape[0], head.reduction != "none"
+    rows, whole = x.shape[0], head.reduction != "none"
     loss = empty(*() if whole else (rows,), dtype=head.loss)
-    total, stats, of_rows = empty(1), empty(cross_entropy.STATS, head.streams), empty(cross_entropy.ROW, rows)
+    total, stats, of_rows = empty(1), empty(cross_entropy.STATS, head.streams()), empty(cross_entropy.ROW, rows)
     with no_autocast(x):
         x, matrix = _narrowed(x, matrix, head.compute)
-        kept = _buffer(x, num_classes, rows if head.keep else 0)
-        chunks = [slice(0, rows)] if head.keep else _chunks(x, num_classes)
-        room = kept if head.keep else _buffer(x, num_classes, chunks[0].stop)
-        for part in chunks:
-            z = room[: part.stop - part.start, :num_classes]
-            linear_into(x[part], matrix, None, z)
-            cross_entropy.forward(z, target, options, count=head.stats, first=part.start, of_rows=of_rows)
+        kept = _buffer(x, matrix.shape[0], rows if head.keep else 0)
+        _forward_rows(x, matrix, target, options, head.stats, kept, of_rows)
     if not whole:
         loss.copy_(of_rows[0])
     cross_entropy.finish(
-        of_rows, streams=head.streams, mean=head.reduction == "mean", loss=loss if whole else total, total=total,
+        of_rows, streams=head.streams(), mean=head.reduction == "mean", loss=loss if whole else total, total=total,
         stats=stats,
     )  # fmt: skip
-    return Results(loss, stats, total, x, matrix, kept, of_rows)
+    return loss, stats, Saved(total, x, matrix, kept, of_rows)
+
+
+@operator("kept", "of_rows")
+def _forward_rows(
+    x: Tensor, matrix: Tensor, target: Tensor, options: Options, count: bool, kept: Tensor, of_rows: Tensor
+) -> None:
+    """Writes the numbers of every row, and the products where ``kept`` has room for them.
+
+    All chunks are one operator. A compiler would save each chunk's products for backward, and unroll the loop.
+    """
+    keep, num_classes = len(kept) > 0, matrix.shape[0]
+    chunks = [slice(0, x.shape[0])] if keep else _chunks(x, num_classes)
+    room = kept if keep else _buffer(x, num_classes, chunks[0].stop)
+    for part in chunks:
+        z = room[: part.stop - part.start, :num_classes]
+        linear_into(x[part], matrix, None, z)
+        cross_entropy.forward(z, target, options, count=count, first=part.start, of_rows=of_rows)
 
 
 def _narrowed(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,68 +151,91 @@ class Wanted(NamedTuple):
     bias: bool
     logit_bias: bool
 
-    @property
     def sums(self) -> bool:
-        """Whether that of the logits is, summed over rows."""
+        """Whether the logits' gradient summed over rows is wanted."""
         return self.bias or self.logit_bias
 
 
 class Gradients(NamedTuple):
-    """What backward gives, None where it is not wanted."""
+    """What backward writes to, None where it is not wanted."""
 
     x: Tensor | None  #: in x's dtype
     matrix: Tensor | None  #: in fp32 or the products' dtype
-    sums: Tensor | None  #: fp32 (K,): of the logits' gradient, over rows
+    sums: Tensor | None  #: fp32 (K,): the logits' gradient summed over rows
 
 
 def backward(
-    grad: Tensor, made: Results, target: Tensor, options: Options, head: Head, wanted: Wanted,
+    grad: Tensor, saved: Saved, target: Tensor, options: Options, head: Head, wanted: Wanted,
     dtypes: tuple[torch.dtype, torch.dtype], donated: bool = False,
 ) -> Gradients:  # fmt: skip
     """The gradients of one call.
 
     Args:
         grad: of the loss, () or (M,), contiguous.
-        made: as forward left it.
+        saved: as forward returned it.
         target, options, head: as in forward.
         wanted: which gradients; at least one.
         dtypes: of x's gradient, and of the weight's, fp32 or that of the products.
-        donated: whether the products may be overwritten, which spares their gradient room of its own.
+        donated: whether the gradient of the products may overwrite them.
     """
-    x, matrix, kept, num_classes = made.x, made.matrix, made.z, made.matrix.shape[0]
-    dx = torch.empty(x.shape, dtype=dtypes[0], device=x.device) if wanted.x else None
-    d_matrix = sums = None
-    in_place = head.keep and donated  # the kernel writes to each element after it has read it
-    chunks = [slice(0, x.shape[0])] if in_place else _chunks(x, num_classes)
-    room = kept if in_place else _buffer(x, num_classes, chunks[0].stop)
-    if in_place:
-        increment_version(kept)  # if this fails half-way, autograd knows that they are overwritten
-    with no_autocast(x):
-        for rows in chunks:
-            dz = room[: rows.stop - rows.start, :num_classes]
-            logits = kept[rows, :num_classes] if head.keep else dz
-            if not head.keep:
-                linear_into(x[rows], matrix, None, logits)
-            part = torch.empty(num_classes, dtype=torch.float32, device=x.device) if wanted.sums else None
-            cross_entropy.backward(
-                grad, logits, target, made.of_rows, options, total=made.total if head.reduction == "mean" else None,
-                first=rows.start, dz=dz, sums=part,
-            )  # fmt: skip
-            if dx is not None:
-                product_into(dz, matrix, dx[rows])
-            if wanted.matrix and d_matrix is None:
-                # The sum over several chunks is kept in fp32.
-                d_matrix = weight_gradient(dz, x[rows], dtypes[1] if len(chunks) == 1 else torch.float32)
-            elif d_matrix is not None:
-                add_weight_gradient(d_matrix, dz, x[rows])
-            sums = part if sums is None or part is None else sums.add_(part)
-    return Gradients(dx, None if d_matrix is None else d_matrix.to(dtypes[1]), sums)
+
+    def empty(shape: torch.Size | tuple[int], dtype: torch.dtype, needed: bool) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=grad.device) if needed else None
+
+    grads = Gradients(
+        empty(saved.x.shape, dtypes[0], wanted.x),
+        empty(saved.matrix.shape, dtypes[1], wanted.matrix),
+        empty((saved.matrix.shape[0],), torch.float32, wanted.sums()),
+    )
+    room = None
+    if head.keep and donated:  # the kernel writes to each element after it has read it
+        room = saved.z
+        increment_version(room)  # autograd then knows that they are overwritten, even if this fails half-way
+    with no_autocast(grad):
+        _backward_rows(grad, saved, target, options, head.reduction == "mean", room, grads)
+    return grads
+
+
+@operator("room", "grads_x", "grads_matrix", "grads_sums")
+def _backward_rows(
+    grad: Tensor, saved: Saved, target: Tensor, options: Options, mean: bool, room: Tensor | None, grads: Gradients
+) -> None:
+    """Writes the gradients, with that of the products in ``room``, (M, K + padding), or in chunks of rows.
+
+    All chunks are one operator, as in forward.
+    """
+    (total, x, matrix, kept, of_rows), num_classes = saved, saved.matrix.shape[0]
+    chunks = _chunks(x, num_classes) if room is None else [slice(0, x.shape[0])]
+    buffer = _buffer(x, num_classes, chunks[0].stop) if room is None else room
+    d_matrix = grads.matrix
+    if d_matrix is not None and len(chunks) > 1:
+        d_matrix = d_matrix if d_matrix.dtype == torch.float32 else torch.empty_like(d_matrix, dtype=torch.float32)
+    for rows in chunks:
+        dz = buffer[: rows.stop - rows.start, :num_classes]
+        logits = kept[rows, :num_classes] if len(kept) else dz
+        if not len(kept):
+            linear_into(x[rows], matrix, None, logits)
+        first = rows.start == 0
+        part = grads.sums if first or grads.sums is None else torch.empty_like(grads.sums)
+        cross_entropy.backward(
+            grad, logits, target, of_rows, options, total=total if mean else None, first=rows.start, dz=dz, sums=part
+        )  # fmt: skip
+        if grads.x is not None:
+            product_into(dz, matrix, grads.x[rows])
+        if d_matrix is not None and first:
+            weight_gradient_into(dz, x[rows], d_matrix)
+        elif d_matrix is not None:  # the sum over several chunks is kept in fp32
+            add_weight_gradient(d_matrix, dz, x[rows])
+        if grads.sums is not None and part is not None and not first:
+            grads.sums.add_(part)
+    if grads.matrix is not None and d_matrix is not None and d_matrix is not grads.matrix:
+        grads.matrix.copy_(d_matrix)
 
 
 class _Classifier(Function):
-    """The shared classifier's loss. Saves x and the weight in the products' dtype, the products [M, K] in it unless
-    they are too large, the target, and six fp32 numbers a row. Also gives each stream's loss and accuracy, (2,
-    streams), without gradient.
+    """Returns the loss and, without gradient, each stream's loss and accuracies (3, streams).
+
+    Saves, in the products' dtype, x, the weight and the products unless they are too large; and six fp32 numbers a row.
     """
 
     @staticmethod
@@ -209,21 +243,21 @@ class _Classifier(Function):
         ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, logit_bias: Tensor | None, target: Tensor,
         weight: Tensor | None, head: Head,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        made = forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
-        ctx.save_for_backward(*made[2:], target, bias, weight, logit_bias)
+        loss, stats, saved = forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
+        ctx.save_for_backward(*saved, target, bias, weight, logit_bias)
         ctx.head, ctx.dtypes = head, [None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)]
-        ctx.mark_non_differentiable(made.stats)
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for the statistics would cost a launch
-        return made.loss, made.stats
+        return loss, stats
 
     @staticmethod
     @by_kernels("linear_cross_entropy")
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         head, wanted = ctx.head, Wanted(*ctx.needs_input_grad[:4])
         x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
-        *made, target, bias, weight, logit_bias = ctx.saved_tensors
+        *saved, target, bias, weight, logit_bias = ctx.saved_tensors
         grads = backward(
-            grad.contiguous(), Results(grad, grad, *made), target, head.options(bias, weight, logit_bias), head, wanted,
+            grad.contiguous(), Saved(*saved), target, head.options(bias, weight, logit_bias), head, wanted,
             (x_dtype, product_dtype(matrix_dtype, head.compute)), donated(grad),
         )  # fmt: skip
         d_matrix = None if grads.matrix is None else grads.matrix.to(matrix_dtype)
@@ -239,7 +273,7 @@ def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: LossOptions, *, linear_bias: Tensor | None,
     weight: Tensor | None, logit_bias: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and each stream's loss, accuracy and unadjusted accuracy, anything without ``stats``."""
+    """The loss, and each stream's loss, accuracy and unadjusted accuracy, which are undefined without ``stats``."""
     autocasts = autocast_dtype(input)
     compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
     rows = input.flatten(0, -2)

@@ -1,8 +1,7 @@
 """Backward of an encoder layer, from its end to its start.
 
-It stops where nothing further up wants a gradient. Weight gradients leave
-their matrix product in fp32 where the parameters are. What the elementwise kernels sum over rows goes into one buffer
-of partial sums, which is added up once.
+It stops where no earlier stage needs a gradient. Gradients of fp32 weights leave their product in fp32. The elementwise
+kernels write their partial sums over rows into one buffer, which is added up once.
 """
 
 from __future__ import annotations
@@ -41,13 +40,12 @@ class Wanted(NamedTuple):
     norm2_weight: bool
     norm2_bias: bool
 
-    @property
     def sums(self) -> bool:
-        """Whether any gradient is that an elementwise kernel sums."""
+        """Whether any gradient is wanted that elementwise kernels sum over rows."""
         return any(self[9:]) or self.linear2_bias or self.linear1_bias or self.out_proj_bias
 
     def reach(self, norm_first: bool) -> int:
-        """How far up backward has to go: 1 feed-forward, 2 the sums between, 3 attention, 4 the start; 0 is the end."""
+        """The last stage that backward needs: 0 the end, 1 feed-forward, 2 the sum before, 3 attention, 4 the start."""
         middle, start = (self[11:], self[9:11]) if norm_first else (self[9:11], ())
         stages = (
             (self.x, *start),
@@ -59,19 +57,19 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward gives, None where it is not wanted."""
+    """The gradients; None for those that are not wanted."""
 
-    x: Tensor | None = None  #: x's shape and dtype; of the fork that x is half of with ``fork`` "input"
+    x: Tensor | None = None  #: of x's dtype; with ``fork`` "input" the gradient of the fork, else of x
     in_proj_weight: Tensor | None = None
     in_proj_bias: Tensor | None = None
     out_proj_weight: Tensor | None = None
     linear1_weight: Tensor | None = None
     linear2_weight: Tensor | None = None
-    sums: Tensor | None = None  #: fp32 (W,), the gradients of all else, in the order of :func:`summed`
+    sums: Tensor | None = None  #: fp32 (W,), all other gradients, in the order of :func:`summed`
 
 
 def summed(norm_first: bool) -> tuple[str, ...]:
-    """The parameters whose gradients the elementwise kernels sum, in the order in which backward comes to them."""
+    """The parameters whose gradients the elementwise kernels sum, in the order of backward."""
     norm1, norm2 = ("norm1_weight", "norm1_bias"), ("norm2_weight", "norm2_bias")
     if norm_first:
         return ("linear2_bias", "linear1_bias", "out_proj_bias", *norm2, *norm1)
@@ -84,7 +82,7 @@ def sums_width(channels: int, width: int) -> int:
 
 
 class _Partials:
-    """The buffer of partial sums, handed out stage by stage; nothing if no sum is wanted."""
+    """The buffer of partial sums, of which each stage takes its columns; None if no sum is wanted."""
 
     def __init__(self, x: Tensor, width: int, wanted: bool, complete: bool) -> None:
         self.filled, self.buffer = 0, None
@@ -110,17 +108,17 @@ def backward(
     Args:
         d_out: gradient of the result, in its shape, contiguous.
         x: [R, C], as in forward.
-        saved: what forward left.
-        f: the weights that gradients flow through.
+        saved: what forward saved.
+        f: the weights that backward multiplies with.
         layer: the call.
         wanted: which gradients; at least one.
         dtype: of the gradients of weights and of in_proj_bias: fp32, or that of the products.
     """
-    rows, channels, width = layer.rows, x.shape[1], f.linear1.shape[0]
+    rows, channels, width = layer.rows(), x.shape[1], f.linear1.shape[0]
     norm_first, eps, reach = layer.norm_first, layer.eps, wanted.reach(layer.norm_first)
-    partials = _Partials(x, width, wanted.sums, complete=reach >= (4 if norm_first else 2))
+    partials = _Partials(x, width, wanted.sums(), complete=reach >= (4 if norm_first else 2))
     into_fork = layer.fork == "input"
-    d_plain = d_out if layer.fork in ("x", "input") and wanted.x else None  # joins the gradient of x
+    d_plain = d_out if layer.fork in ("x", "input") and wanted.x else None  # a part of x's gradient
 
     def empty(dtype: torch.dtype = layer.compute) -> Tensor:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -144,13 +142,10 @@ def backward(
         return Gradients(sums=partials.total())
 
     # feed-forward
-    dh, u = torch.mm(d_branch, f.linear2), saved.hidden
-    if layer.activation != "relu":
-        u = torch.empty_like(saved.hidden)
-    drop = layer.drop(Site.ACTIVATION)
-    activation.backward(
-        dh, saved.hidden, rows, layer.activation, dh=dh, u=u, partials=partials.take(width), drop=drop
-    )  # fmt: skip
+    dh, drop, sums = torch.mm(d_branch, f.linear2), layer.drop(Site.ACTIVATION), partials.take(width)
+    again = None if layer.activation == "relu" else torch.empty_like(saved.hidden)  # u, which ReLU has kept
+    activation.backward(dh, saved.hidden, rows, layer.activation, dh=dh, u=again, partials=sums, drop=drop)
+    u = saved.hidden if again is None else again
     grads = Gradients(
         linear1_weight=weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
         linear2_weight=weight_gradient(d_branch, u, dtype) if wanted.linear2_weight else None,
@@ -173,9 +168,9 @@ def backward(
         )  # fmt: skip
     if reach < 3:
         return grads._replace(sums=partials.total())
-    del dh, dz, u, ds2  # frees memory for attention's backward
+    del dh, dz, u, again, ds2  # frees memory for attention's backward
 
-    # attention; across ranks the gradients of keys and values travel during the next product
+    # attention; across ranks the gradients of keys and values are sent during the next product
     d_qkv = pending = None
     if reach > 3 or wanted.in_proj_weight or wanted.in_proj_bias:
         d_qkv, do = torch.empty(x.shape[0], 3 * channels, dtype=layer.compute, device=x.device), d_branch @ f.out_proj
@@ -220,7 +215,7 @@ def _attention(do: Tensor, layer: Layer, saved: Saved, d_qkv: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a · b; total is a matrix, or (N, L, C) in memory order, of rows that may have gaps."""
+    """total += a · b; total is a matrix, or (N, L, C) in memory order. There may be gaps between rows."""
     if total.dtype == a.dtype and total.is_contiguous():
         total.view(a.shape[0], -1).addmm_(a, b)
     else:

@@ -1,8 +1,8 @@
-"""A call of an encoder layer on kernels: its numbers, and the tensors that forward leaves for backward.
+"""A call of an encoder layer on kernels: its numbers, and the tensors that forward saves for backward.
 
-Everything is a matrix of rows of channels, R = N · L of them in memory order (``kernels/rows.py``): matrix products and
-elementwise kernels do not care which sample a row belongs to, and attention reads and writes by strides. So no tensor
-is transposed, whatever the layout.
+All tensors are matrices of R = N · L rows of channels in memory order (``kernels/rows.py``). Matrix products take rows
+in any order, elementwise kernels find the sample and position of a row, and attention reads and writes by strides. So
+no layout is transposed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fastbf.triton_backend.encoder_weights import cast_size, needs_cast
 
 
 class Layer(NamedTuple):
-    """A call without its tensors but the seed, which an autograd Function is given by itself.
+    """A call without its tensors, except the seed, which the autograd Function takes as an argument of its own.
 
-    ``fork`` is "x" where the plain half is x, "plain" where it is another matrix, and "input" where it is the plain
-    half of a fork [2R, C] whose mixed half is x.
+    ``fork`` is the source of the result's plain half: "x"; "plain", another matrix; "input", the plain half of a fork
+    [2R, C] whose mixed half is x; or "" if the result is no fork.
     """
 
     samples: int
@@ -37,21 +37,19 @@ class Layer(NamedTuple):
     norm_first: bool
     eps: float
     threshold: int  #: ``fastbf.dropout.drop_threshold``
-    fork: str  #: what the plain half of the result holds, if that is a fork: "x", "plain", "input"; else ""
+    fork: str  #: "x", "plain", "input" or ""
     compute: torch.dtype  #: of the matrix products
-    norm: torch.dtype  #: of what a norm gives
-    batch: Batch | None  #: that the samples are a part of; None if they are all there are
+    norm: torch.dtype  #: of a norm's result
+    batch: Batch | None  #: the samples of all ranks; None for this process alone
     seed: Tensor | None = None  #: int64, one element, on the device; None only if nothing is dropped
 
-    @property
     def rows(self) -> Rows:
-        """The rows, as elementwise kernels know them."""
-        return Rows(self.samples, self.positions, self.position_major, 0 if self.batch is None else self.batch.first)
+        """The rows, as elementwise kernels take them."""
+        return Rows(self.samples, self.positions, self.position_major, 0 if self.batch is None else self.batch.first())
 
-    @property
     def keys(self) -> int:
         """How many samples a sample attends to."""
-        return self.samples if self.batch is None else self.batch.total
+        return self.samples if self.batch is None else self.batch.total()
 
     def in_parts(self, channels: int) -> bool:
         """Whether keys and values of other ranks come in parts."""
@@ -60,11 +58,11 @@ class Layer(NamedTuple):
         return not collectives.gathers(self.batch, 2 * channels * self.positions * self.compute.itemsize)
 
     def options(self, channels: int) -> attention.Options:
-        """What attention does to its scores."""
+        """The options of attention."""
         return attention.Options((channels // self.num_heads) ** -0.5, self.seed, self.threshold)
 
     def drop(self, site: Site) -> Drop:
-        """What an elementwise kernel drops."""
+        """The dropout of an elementwise kernel."""
         return Drop(self.seed, int(site), self.threshold)
 
     def halves(self, fork: Tensor) -> tuple[Tensor, ...]:
@@ -89,9 +87,9 @@ class Layer(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves for backward besides its inputs; all matrices of R rows unless it says otherwise.
+    """What forward saves for backward besides its inputs: matrices of R rows, unless a shape is given.
 
-    X, T and Z are the bytes of an element of x, of the products' dtype and of what a norm gives.
+    Products are bytes a row. X, T and Z are the bytes of an element of x, of a matrix product and of a norm's result.
     """
 
     normed: Tensor | None  #: C · T: what the first product reads, unless that is x itself
@@ -110,8 +108,8 @@ def allocate(x: Tensor, weights: LayerWeights, layer: Layer) -> Saved:
     """Empty tensors for what a call saves."""
     rows, channels = x.shape
     width, groups, across = weights.linear1_weight.shape[0], layer.positions * layer.num_heads, layer.batch is not None
-    held = layer.samples if layer.in_parts(channels) else layer.keys
-    compute = layer.compute
+    held = layer.samples if layer.in_parts(channels) else layer.keys()
+    compute, streams = layer.compute, attention.streams(layer.samples, layer.keys())
 
     def empty(*shape: int, dtype: torch.dtype = compute) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -121,7 +119,7 @@ def allocate(x: Tensor, weights: LayerWeights, layer: Layer) -> Saved:
         qkv=empty(rows, channels if across else 3 * channels),
         kv=empty(held, layer.positions, 2 * channels) if across else None,
         o=empty(rows, channels),
-        lse=empty(groups, layer.samples, dtype=torch.float32) if attention.streams(layer.samples, layer.keys) else None,
+        lse=empty(groups, layer.samples, dtype=torch.float32) if streams else None,
         s1=empty(rows, channels, dtype=torch.promote_types(x.dtype, compute)),
         z=empty(rows, channels),
         hidden=empty(rows, width),

@@ -1,4 +1,4 @@
-"""Forward of an encoder layer: matrix products, and one kernel for what stands between two of them.
+"""Forward of an encoder layer: matrix products, and one kernel between each two of them.
 
 Source: docs/design.md, the mathematics.
 """
@@ -26,14 +26,14 @@ def forward(
 
     Args:
         x: [R, C], contiguous.
-        plain: what ``layer.fork`` says: of x's size for "plain", a fork [2R, C] for "input", contiguous; else None.
+        plain: contiguous; [R, C] if ``layer.fork`` is "plain", a fork [2R, C] if it is "input", else None.
         weights: of the layer.
         layer: the call.
 
     Returns:
         [R, C], or the fork: in memory (2N, L, C), or (L, 2N, C) if ``layer.position_major``, as [2R, C].
     """
-    rows, (count, channels), saved = layer.rows, x.shape, allocate(x, weights, layer)
+    rows, (count, channels), saved = layer.rows(), x.shape, allocate(x, weights, layer)
     dtype = saved.s1.dtype if layer.norm_first else layer.norm
     plain = x if layer.fork == "x" else plain
     if plain is not None:

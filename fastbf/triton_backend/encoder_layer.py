@@ -1,4 +1,4 @@
-"""An encoder layer on kernels: the autograd Function of the whole of it."""
+"""An encoder layer on kernels, as one autograd Function."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ __all__ = ["BuildError", "encoder_layer"]
 class _EncoderLayer(Function):
     """A whole encoder layer of rows [R, C]; R = N · L.
 
-    Saves x, the seed and the weights, which exist anyway, and what ``encoder_call.Saved`` lists. In bytes a row,
-    for F = C, post-norm, ReLU, next to what autograd keeps of ``nn.TransformerEncoderLayer`` (its attention's lse and
-    the statistics of its norms, a few bytes a row and head, apart)::
+    Saves x, the seed, the weights and what ``encoder_call.Saved`` lists. The table has the bytes a row for F = C,
+    post-norm and ReLU, and those that autograd keeps of ``nn.TransformerEncoderLayer``, without attention's lse and the
+    statistics of norms, which are a few bytes a row and head::
 
                               fp32 x, 16-bit products (autocast)        everything in 2 bytes
         saved here            2C x, 6C qkv, 2C o, 4C s1, 2C z,          6C qkv, 2C o, 2C s1, 2C z, 2C u, 2C s2
@@ -44,10 +44,10 @@ class _EncoderLayer(Function):
                               2C z, 2C relu, 2C u, 1C mask, 4C s2,      2C z, 2C relu, 2C u, 1C mask, 2C s2,
                               1C mask                         = 27C     1C mask                  = 21C
 
-    ``tests/triton_backend/test_saved.py`` counts ours; eager's follow from what its operators' derivatives read, with
-    attention by a kernel that stores no N × M matrix, which PyTorch's own does for D > 256. Recomputed are all dropout
-    decisions, the norms' statistics, and, with GELU, u (then h is saved in its place). Weights in the products' dtype,
-    where parameters have another, are kept once, as eager keeps them.
+    ``tests/triton_backend/test_saved.py`` counts what is saved here. The rest follows from what derivatives of eager
+    operators read, if attention stores no N × M matrix; PyTorch's stores one for D > 256. Backward recomputes dropout's
+    decisions, the norms' statistics and, with GELU, u, in whose place h is saved. Weights that are cast to the
+    products' dtype are kept once, as in eager PyTorch.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class _EncoderLayer(Function):
         weights = LayerWeights(*tensors)  # type: ignore[arg-type]
         ctx.plain_dtype = None if plain is None else plain.dtype
         if layer.fork == "input":
-            x, plain = layer.halves(x)[1].reshape(layer.rows.total, -1).contiguous(), x
+            x, plain = layer.halves(x)[1].reshape(layer.rows().total(), -1).contiguous(), x
         out, saved = forward(x, plain, weights, layer._replace(seed=seed))
         products = weights[:8:2] if saved.cast is None else (None,) * 4
         ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
@@ -90,7 +90,7 @@ class _EncoderLayer(Function):
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
-    """The sums in the parameters' dtype, if that is one for all of them."""
+    """The sums in the parameters' dtype, if all parameters have the same."""
     (dtype, *others) = {dtype for dtype in dtypes if dtype is not None}
     return sums if others else sums.to(dtype)
 
@@ -108,9 +108,9 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """A whole encoder layer. x (N, …, C) → its shape, or a fork (2N, …, C), the plain half first.
 
-    The result is a fork of ``plain``, of x's shape, if that is given; or, if x is ``forked``, that is a fork (2N, …, C)
-    itself, of its plain half, the mixed half being what goes through the layer. It lies in memory as x does. With a
-    ``batch`` x is a rank's part of it.
+    With ``plain``, of x's shape, the result is a fork of it and the layer's output. If ``forked``, x is a fork
+    (2N, …, C), and its mixed half goes through the layer. The result has x's order in memory. With a ``batch`` x holds
+    this rank's samples of it.
     """
     matrix, rows = in_memory_order(x)
     other = None if plain is None or plain is x else as_rows(plain, rows).view(matrix.shape)
@@ -123,5 +123,5 @@ def encoder_layer(
         compute=compute, norm=norm_dtype(x, torch.promote_types(x.dtype, compute)), batch=batch,
     )  # fmt: skip
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
-    x_rows, other, *given = distinct(matrix.reshape(rows.total, -1), other, *tensors)
+    x_rows, other, *given = distinct(matrix.reshape(rows.total(), -1), other, *tensors)
     return from_rows(_EncoderLayer.apply(x_rows, other, seed, layer, *given), rows, x.shape)

@@ -36,7 +36,7 @@ def cast_size(channels: int, width: int) -> int:
 def cast(weights: LayerWeights, buffer: Tensor, others: Sequence[tuple[Tensor, Tensor]]) -> LayerWeights:
     """The weights with the linear layers' tensors cast into ``buffer`` (1-D), the norms' as they are.
 
-    One launch where all that is cast is dense and of one dtype. Copies to the first of each of ``others``, too.
+    Copies ``others``, pairs of target and source, too. One launch if all sources are dense and of one dtype.
     """
     starts = _starts(weights.out_proj_weight.shape[0], weights.linear1_weight.shape[0])
     views: list[Tensor | None] = [None] * _LINEAR

@@ -18,7 +18,7 @@ from fastbf.torch_state import traced_as_constant
 
 
 def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
-    """For the backward of a Function that serves ``op``: it runs once, and a kernel that cannot be built is named."""
+    """Decorates the backward of a Function of ``op``; a second derivative or an unbuilt kernel raises RuntimeError."""
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
@@ -39,22 +39,22 @@ def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gr
 
 @traced_as_constant
 def limits_of(device: torch.device) -> Limits:
-    """What a device allows."""
+    """The limits of a device."""
     return device_limits(device)
 
 
 def product_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """In which dtype the gradient of a weight of ``dtype`` leaves its product; it is rounded to others after that."""
+    """The dtype in which the gradient of a weight of ``dtype`` leaves its product."""
     return torch.float32 if dtype == torch.float32 else compute
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous, whatever x's strides."""
+    """A contiguous tensor of x's shape."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, each but once: ``torch.compile`` takes no Function that is given the same tensor twice."""
+    """The tensors, repeated ones as views: ``torch.compile`` takes no Function with the same tensor twice."""
     if not torch.compiler.is_compiling():
         return tensors
     again = [t is not None and any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
@@ -67,7 +67,7 @@ def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def in_memory_order(x: Tensor) -> tuple[Tensor, Rows]:
-    """x (N, …, C) in its order in memory, as (N, L, C) or (L, N, C), contiguous, and which of them it is."""
+    """x (N, …, C) as (N, L, C) or (L, N, C), contiguous, whichever is its order in memory, and its rows."""
     samples, channels = x.shape[0], x.shape[-1]
     x = x.reshape(samples, -1, channels)
     position_major = not x.is_contiguous() and x.stride(0) < x.stride(1)
@@ -75,13 +75,13 @@ def in_memory_order(x: Tensor) -> tuple[Tensor, Rows]:
 
 
 def as_rows(x: Tensor, rows: Rows) -> Tensor:
-    """x (N, …, C) as a matrix [R, C] in a given order, contiguous."""
+    """x (N, …, C) as a matrix [R, C] in the order of ``rows``, contiguous."""
     x = x.reshape(rows.samples, rows.positions, x.shape[-1])
-    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.total, x.shape[-1]).contiguous()
+    return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.total(), x.shape[-1]).contiguous()
 
 
 def from_rows(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
-    """A matrix in its order → (N, …, C), or twice as many samples, a view where … is one dimension."""
+    """A matrix in the order of ``rows`` → (N, …, C), or a fork (2N, …, C); a view where … is one dimension."""
     if not rows.position_major:
         return matrix.view(-1, *shape[1:])
     return matrix.view(rows.positions, -1, shape[-1]).transpose(0, 1).reshape(-1, *shape[1:])

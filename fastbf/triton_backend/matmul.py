@@ -9,7 +9,7 @@ from torch import Tensor
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · weightᵀ + bias."""
-    if torch.compiler.is_compiling():  # it refuses an ``out`` with gaps between rows, and plans memory itself
+    if torch.compiler.is_compiling():  # the compiler takes no ``out`` with gaps between rows, and plans memory
         out.copy_(F.linear(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
@@ -18,17 +18,17 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a · b; where out is fp32 and a and b are not, the product itself writes that if the device can do so."""
-    if a.dtype == out.dtype and not torch.compiler.is_compiling():
+    """out = a · b. On a GPU the product itself writes fp32 from 16-bit a and b."""
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32 != a.dtype:
+    elif a.is_cuda and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dyᵀ x in ``dtype``, fp32 or that of dy and x; the product itself gives it where the device can do that."""
+    """dyᵀ x in ``dtype``, fp32 or that of dy and x. On a GPU the product itself writes it."""
     if dtype == dy.dtype:
         return torch.mm(dy.t(), x)
     if dy.is_cuda:
@@ -36,8 +36,18 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(dy.t().to(dtype), x.to(dtype))
 
 
+def weight_gradient_into(dy: Tensor, x: Tensor, out: Tensor) -> None:
+    """out = dyᵀ x, fp32 or of the dtype of dy and x. On a GPU the product itself writes it."""
+    if out.dtype == dy.dtype:
+        torch.mm(dy.t(), x, out=out)
+    elif dy.is_cuda:
+        torch.mm(dy.t(), x, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(dy.t().to(out.dtype), x.to(out.dtype), out=out)
+
+
 def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """total += dyᵀ x, total in fp32; the product itself adds where the device can do that."""
+    """total += dyᵀ x, total in fp32. On a GPU the product itself adds."""
     if dy.is_cuda and dy.dtype != total.dtype:
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:

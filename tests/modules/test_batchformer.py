@@ -146,3 +146,10 @@ def test_attention_map_of_layers_outside_the_fused_path():
     assert torch.equal(module.attention_map(x), module.attention_map(x))
     assert module.layers[0].dropout2.training
     assert not module.layers[1].dropout2.training
+
+
+def test_a_layer_that_is_listed_twice_runs_twice():
+    former = fastbf.BatchFormer(32, num_layers=3, dropout=0.0)
+    former.layers[1] = former.layers[0]
+    x = torch.randn(6, 32)
+    torch.testing.assert_close(former(x)[6:], former.mix(x))

@@ -188,12 +188,12 @@ def test_rows_know_their_fork():
     for samples, positions in ((3, 4), (5, 1)):
         for position_major in (False, True):
             rows = Rows(samples, positions, position_major)
-            fork = torch.arange(2 * rows.total)
+            fork = torch.arange(2 * rows.total())
             shape = (positions, 2, samples) if position_major else (2, samples, positions)
             mixed = fork.view(shape).select(1 if position_major else 0, 1).flatten()
-            skipped, half = rows.fork
-            index = torch.arange(rows.total)
-            assert torch.equal(mixed, index + index // rows.inner * skipped + half)
+            skipped, half = rows.fork()
+            index = torch.arange(rows.total())
+            assert torch.equal(mixed, index + index // rows.inner() * skipped + half)
 
 
 @pytest.mark.parametrize("which", ["residual", "x", "weight", "bias"])

@@ -42,6 +42,9 @@ def check(function, *inputs):
     return {operator._schema.name.split("::")[1] for operator, _ in kinds}
 
 
+CLASSIFIER = {"classifier_forward_rows", "classifier_backward_rows"}
+
+
 def both(name):
     return {f"{name}_forward", f"{name}_backward"}
 
@@ -115,7 +118,8 @@ def test_classifier(half, reduction, keep, soft, monkeypatch):
         with torch.autocast(DEVICE.type, torch.float16, enabled=half):
             return functional.linear_cross_entropy(x, matrix, target, **tensors, **options, backend="triton")[0]
 
-    assert check(function, x, matrix, bias) == both("cross_entropy") | {"cross_entropy_finish"}
+    found = check(function, x, matrix, bias)
+    assert found == CLASSIFIER | both("cross_entropy") | {"cross_entropy_finish"}  # the former run the latter
 
 
 def outcome(function, x, parameters):
@@ -231,6 +235,25 @@ def test_functions_compile():
     assert_compiled_is_the_same(function, x, exact=False, backend="aot_eager")  # sums in another order
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_new_lengths_of_a_loss_in_chunks_do_not_recompile(keep, monkeypatch):
+    for name, value in {"KEPT": keep, "CHUNK": 0, "MIN_ROWS": 8}.items():
+        monkeypatch.setattr(classifier, name, value)
+    w = torch.randn(7, 16, device=DEVICE, requires_grad=True)
+
+    def loss(x, y):
+        return functional.linear_cross_entropy(x, w, y, backend="triton")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    sizes = [(n, torch.randn(n, 16, device=DEVICE), torch.arange(n, device=DEVICE) % 7) for n in (20, 21, 30, 41)]
+    for _, x, y in sizes[:2]:
+        compiled(x, y).backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _, x, y in sizes[2:]:
+            torch.testing.assert_close(compiled(x, y), loss(x, y))
+            compiled(x, y).backward()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_inductor(dynamic):
@@ -254,4 +277,4 @@ def test_every_registered_operator_is_checked():
     """Here, or, of those that communicate, on several ranks."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastbf::")}
     here = both("attention") | both("add_norm") | both("activation") | both("cross_entropy") | {"cross_entropy_finish"}
-    assert names == here | set(OPERATORS)
+    assert names == here | CLASSIFIER | set(OPERATORS)
