@@ -101,10 +101,6 @@ class Counter(TorchDispatchMode):
         self.launches.append(Launch("mm", 2 * len(x) * out.numel(), dy.nbytes + x.nbytes + out.nbytes))
         return out
 
-    def weight_gradient_into(self, dy: Tensor, x: Tensor, out: Tensor) -> None:
-        """In the place of ``triton_backend.matmul.weight_gradient_into``, likewise."""
-        self.launches.append(Launch("mm", 2 * len(x) * out.numel(), dy.nbytes + x.nbytes + out.nbytes))
-
     def product_into(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """In the place of ``fastbf.triton_backend.matmul.product_into``, likewise."""
         self.launches.append(Launch("mm", 2 * len(a) * b.numel(), a.nbytes + b.nbytes + out.nbytes))
@@ -130,7 +126,6 @@ def _as_on_a_gpu(counter: Counter) -> Iterator[None]:
         for module in (activation, add_norm, attention, cross_entropy):
             stack.enter_context(mock.patch.object(module, "launch", counter.kernel))
         stack.enter_context(mock.patch.object(classifier, "product_into", counter.product_into))
-        stack.enter_context(mock.patch.object(classifier, "weight_gradient_into", counter.weight_gradient_into))
         stack.enter_context(mock.patch.object(encoder_backward, "weight_gradient", counter.weight_gradient))
         stack.enter_context(mock.patch.object(backend, "_obstacle", return_value=None))
         stack.enter_context(mock.patch.object(checks, "class_indices"))

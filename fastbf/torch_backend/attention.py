@@ -35,8 +35,6 @@ KEPT_BYTES = 128 << 20
 #: Up to this many scores PyTorch's operators under autograd are quickest.
 WHOLE = 1 << 17
 
-_aten = torch.ops.aten
-
 
 def batched(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, …, H, D) → (G, N, D) with G = positions · H, a view where strides and dtype allow one."""
@@ -125,11 +123,11 @@ def backward(
         weights = call.weights(q_piece, k_group, group, row, spare, room) if kept is None else kept[group, row]
         add = float(row.start > 0)  # 1 adds to the sums over earlier rows of the group
         scaled_bmm(do_piece, v[group].mT, call.kept_scale(), out=ds)
-        _aten.threshold_backward.grad_input(ds, weights, 0, grad_input=ds)
         dropped = torch.clamp_min(weights, 0, out=room)
         torch.baddbmm(dv_group, dropped.mT, do_piece, beta=add, alpha=call.kept_scale(), out=dv_group)
-        ds.mul_(torch.abs(weights, out=room))
-        ds.addcmul_(room, ds.sum(-1, keepdim=True), value=-1)  # softmax's gradient: p · (dp - Σ p · dp)
+        ds.mul_(dropped)
+        # Softmax's gradient, p · dp - p · Σ p · dp. Of dropped weights dp is 0.
+        ds.addcmul_(torch.abs(weights, out=room), ds.sum(-1, keepdim=True), value=-1)
         scaled_bmm(ds, k_group, call.scale, out=dq[group, row])
         torch.baddbmm(dk_group, ds.mT, q_piece, beta=add, alpha=call.scale, out=dk_group)
 

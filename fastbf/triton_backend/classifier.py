@@ -22,8 +22,8 @@ from fastbf.kernels.launch import BuildError, operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
-from fastbf.triton_backend.functions import by_kernels, dense, distinct, limits_of, product_dtype
-from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into, weight_gradient_into
+from fastbf.triton_backend.functions import by_kernels, dense, distinct, empty_like, limits_of, product_dtype
+from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
 __all__ = ["BuildError", "linear_cross_entropy"]
 
@@ -209,7 +209,7 @@ def _backward_rows(
     buffer = _buffer(x, num_classes, chunks[0].stop) if room is None else room
     d_matrix = grads.matrix
     if d_matrix is not None and len(chunks) > 1:
-        d_matrix = d_matrix if d_matrix.dtype == torch.float32 else torch.empty_like(d_matrix, dtype=torch.float32)
+        d_matrix = d_matrix if d_matrix.dtype == torch.float32 else empty_like(d_matrix, torch.float32)
     for rows in chunks:
         dz = buffer[: rows.stop - rows.start, :num_classes]
         logits = kept[rows, :num_classes] if len(kept) else dz
@@ -223,10 +223,10 @@ def _backward_rows(
         if grads.x is not None:
             product_into(dz, matrix, grads.x[rows])
         if d_matrix is not None and first:
-            weight_gradient_into(dz, x[rows], d_matrix)
+            product_into(dz.t(), x[rows], d_matrix)
         elif d_matrix is not None:  # the sum over several chunks is kept in fp32
             add_weight_gradient(d_matrix, dz, x[rows])
-        if grads.sums is not None and part is not None and not first:
+        if grads.sums is not None and part is not None and part is not grads.sums:
             grads.sums.add_(part)
     if grads.matrix is not None and d_matrix is not None and d_matrix is not grads.matrix:
         grads.matrix.copy_(d_matrix)

@@ -18,13 +18,15 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a · b. On a GPU the product itself writes fp32 from 16-bit a and b."""
+    """out = a · b. On a GPU the product itself writes fp32 from 16-bit a and b; on a CPU both are widened first."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
+    elif out.dtype != torch.float32:
+        out.copy_(torch.mm(a, b))
+    elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(torch.mm(a, b))
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,16 +36,6 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return torch.mm(dy.t().to(dtype), x.to(dtype))
-
-
-def weight_gradient_into(dy: Tensor, x: Tensor, out: Tensor) -> None:
-    """out = dyᵀ x, fp32 or of the dtype of dy and x. On a GPU the product itself writes it."""
-    if out.dtype == dy.dtype:
-        torch.mm(dy.t(), x, out=out)
-    elif dy.is_cuda:
-        torch.mm(dy.t(), x, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(dy.t().to(out.dtype), x.to(out.dtype), out=out)
 
 
 def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor) -> None:
