@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from fastbf.reference import LayerWeights
+from fastbf.torch_state import autocast_dtype
 
 T = TypeVar("T")
 
@@ -170,3 +173,69 @@ def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
             f"target must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, "
             f"got {bad.flatten()[0].item()}"
         )
+
+
+# Keys of calls that passed. The checks of a call take as long as a launch.
+_checked: set[tuple[object, ...] | None] = set()
+
+
+def _key(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
+    """The key of a call in ``_checked``: all that the checks read. None under a compiler, or if one is no tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        return (len(size) > 1, size[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *of_tensors)
+    except (AttributeError, IndexError):  # not all of them are tensors
+        return None
+
+
+def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
+    """Checks that the tensors of an encoder layer fit each other."""
+    key = _key(x, weights, type(num_heads), num_heads)
+    if key in _checked:
+        return
+    floating("x", x)
+    min_rank("x", x, 2, "(N, …, C)")
+    channels, fields = x.shape[-1], weights._asdict()
+    heads("the width of x", channels, "num_heads", num_heads)
+    min_rank("linear1_weight", tensor("linear1_weight", weights.linear1_weight), 2, "(F, C)")
+    width = weights.linear1_weight.shape[0]
+    for name, rows in zip(
+        ("in_proj", "out_proj", "linear1", "linear2", "norm1", "norm2"),
+        (3 * channels, channels, width, channels, channels, channels),
+        strict=True,
+    ):
+        columns = () if name.startswith("norm") else (width if name == "linear2" else channels,)
+        weight, bias = f"{name}_weight", f"{name}_bias"
+        shape(weight, floating(weight, fields[weight]), (rows, *columns))
+        shape(bias, fields[bias], (rows,))
+    same_device("x", x, fields)
+    if autocast_dtype(x) is None:
+        same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
+    if key is not None:
+        _checked.add(key)
+
+
+def classifier(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
+) -> None:
+    """Checks that the tensors of a classifier fit its input and each other."""
+    key = _key(input, (linear_weight, linear_bias, weight, logit_bias))
+    if key in _checked:
+        return
+    floating("input", input)
+    min_rank("input", input, 2, "(M, …, C)")
+    min_rank("linear_weight", floating("linear_weight", linear_weight), 2, "(K, C)")
+    num_classes = linear_weight.shape[0]
+    shape("linear_weight", linear_weight, (num_classes, input.shape[-1]))
+    per_class = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    for name, t in per_class.items():
+        if t is not None:
+            shape(name, floating(name, t), (num_classes,))
+    same_device("input", input, {"linear_weight": linear_weight, **per_class})
+    if autocast_dtype(input) is None:
+        same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+    positive("the number of classes, linear_weight.shape[0],", num_classes)
+    if key is not None:
+        _checked.add(key)

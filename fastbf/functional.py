@@ -11,7 +11,6 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -275,7 +274,7 @@ def encoder_layer(
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
-    _check_layer(x, weights, num_heads)
+    checks.layer(x, weights, num_heads)
     if plain is not None and plain is not x:
         checks.shape("plain", plain, tuple(x.shape))
         checks.same_device("x", x, {"plain": plain})
@@ -329,72 +328,6 @@ def _meet(
     numbers = options.num_heads, drop_threshold(options.dropout_p)
     facts = Facts("encoder_layer", dtype, differentiated(*roots), choice.backend, *numbers, x.shape[1:])
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
-
-
-# Keys of calls that passed the checks. The checks take as long as a launch.
-_checked: set[tuple[object, ...] | None] = set()
-
-
-def _key(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
-    """The key of a call in ``_checked``: all that the checks read. None under a compiler, or if one is no tensor."""
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        shape, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        return (len(shape) > 1, shape[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *of_tensors)
-    except (AttributeError, IndexError):  # not all of them are tensors
-        return None
-
-
-def _check_layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
-    """Checks that the tensors of an encoder layer fit each other."""
-    key = _key(x, weights, type(num_heads), num_heads)
-    if key in _checked:
-        return
-    checks.floating("x", x)
-    checks.min_rank("x", x, 2, "(N, …, C)")
-    channels, fields = x.shape[-1], weights._asdict()
-    checks.heads("the width of x", channels, "num_heads", num_heads)
-    checks.min_rank("linear1_weight", checks.tensor("linear1_weight", weights.linear1_weight), 2, "(F, C)")
-    width = weights.linear1_weight.shape[0]
-    for name, rows in zip(
-        ("in_proj", "out_proj", "linear1", "linear2", "norm1", "norm2"),
-        (3 * channels, channels, width, channels, channels, channels),
-        strict=True,
-    ):
-        columns = () if name.startswith("norm") else (width if name == "linear2" else channels,)
-        weight, bias = f"{name}_weight", f"{name}_bias"
-        checks.shape(weight, checks.floating(weight, fields[weight]), (rows, *columns))
-        checks.shape(bias, fields[bias], (rows,))
-    checks.same_device("x", x, fields)
-    if autocast_dtype(x) is None:
-        checks.same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
-    if key is not None:
-        _checked.add(key)
-
-
-def _check_classifier(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
-) -> None:
-    """Checks that the tensors of a classifier fit its input and each other."""
-    key = _key(input, (linear_weight, linear_bias, weight, logit_bias))
-    if key in _checked:
-        return
-    checks.floating("input", input)
-    checks.min_rank("input", input, 2, "(M, …, C)")
-    checks.min_rank("linear_weight", checks.floating("linear_weight", linear_weight), 2, "(K, C)")
-    num_classes = linear_weight.shape[0]
-    checks.shape("linear_weight", linear_weight, (num_classes, input.shape[-1]))
-    per_class = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
-    for name, t in per_class.items():
-        if t is not None:
-            checks.shape(name, checks.floating(name, t), (num_classes,))
-    checks.same_device("input", input, {"linear_weight": linear_weight, **per_class})
-    if autocast_dtype(input) is None:
-        checks.same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
-    checks.positive("the number of classes, linear_weight.shape[0],", num_classes)
-    if key is not None:
-        _checked.add(key)
 
 
 @overload
@@ -476,7 +409,7 @@ def linear_cross_entropy(
 
     Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
     """
-    _check_classifier(input, linear_weight, linear_bias, weight, logit_bias)
+    checks.classifier(input, linear_weight, linear_bias, weight, logit_bias)
     num_classes = linear_weight.shape[0]
     scale = checks.finite("scale", scale)
     ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
