@@ -190,14 +190,14 @@ class Norm(NamedTuple):
     weight: Tensor | None = None  #: (C,)
     bias: Tensor | None = None  #: (C,)
     eps: float = 0.0
-    sums: Tensor | None = None  #: [R, C], what it normalised; for backward
+    input: Tensor | None = None  #: [R, C], what it normalised; for backward
 
 
 #: No norm.
 NO_NORM = Norm()
 
 
-@operator("y", "total", "copy")
+@operator("y", "residual_out", "copy")
 def forward(
     residual: Tensor,
     rows: Rows,
@@ -205,7 +205,7 @@ def forward(
     y: Tensor,
     x: Tensor | None = None,
     norm: Norm = NO_NORM,
-    total: Tensor | None = None,
+    residual_out: Tensor | None = None,
     copy: Tensor | None = None,
     plain: Tensor | None = None,
     drop: Drop = NO_DROP,
@@ -219,14 +219,14 @@ def forward(
         y: [R, C] to write to; with ``plain`` the fork [2R, C], of which the mixed half is written.
         x: [R, C]; None is zero.
         norm: without one y is the sum.
-        total: [R, C] to write residual + drop(x) to.
+        residual_out: [R, C] to write residual + drop(x) to.
         copy: [R, C] to write y to once more.
         plain: [R, C], or a fork [2R, C] whose plain half is used: copied to the plain half of y.
         drop: dropout of x.
     """
     channels = residual.shape[-1]
     tile = norm_tile("add_norm_forward", channels)
-    optional = (x, residual, norm.weight, norm.bias, plain, total, y, copy, drop.seed)
+    optional = (x, residual, norm.weight, norm.bias, plain, residual_out, y, copy, drop.seed)
     tensors = tuple([residual if t is None else t for t in optional])
     numbers = (
         rows.total(), rows.inner(), int(rows.position_major), rows.first, *rows.fork(),
@@ -235,7 +235,7 @@ def forward(
     flags = {
         "C": channels, "BM": tile.rows, "BC": tile.channels, "KEEP": keep_mode(drop.threshold),
         "HAS_X": x is not None, "NORM": norm.weight is not None, "HAS_BIAS": norm.bias is not None,
-        "STORE_SUM": total is not None, "COPY": copy is not None, "FORK": plain is not None,
+        "STORE_SUM": residual_out is not None, "COPY": copy is not None, "FORK": plain is not None,
         "PLAIN_FORKED": plain is not None and len(plain) > rows.total(),
         "num_warps": tile.num_warps,
     }  # fmt: skip
@@ -266,7 +266,7 @@ def backward(
         dy2: [R, C], a second part of y's gradient, only where there is a norm.
         skip: another part of the gradient of s, only where there is a norm: [R, C] or a fork [2R, C].
         d_plain: gradient of a fork [2R, C], whose plain half is added to ds; only with ``ds``.
-        norm: with s as its ``sums``; its bias is not used.
+        norm: with s as its ``input``; its bias is not used.
         ds: [R, C] to write the gradient of s to, or a fork [2R, C], whose plain half becomes that of d_plain.
         dx: [R, C] to write the gradient of x to; None if there was no x.
         partials: (P, W) fp32, any row stride, or None. P programs run, and each writes a row: sums of the gradients of
@@ -276,7 +276,7 @@ def backward(
     channels = dy.shape[-1]
     tile = norm_tile("add_norm_backward", channels)
     has_norm = norm.weight is not None
-    optional = (dy, dy2, skip, d_plain, norm.sums, norm.weight, ds, dx, partials)
+    optional = (dy, dy2, skip, d_plain, norm.input, norm.weight, ds, dx, partials)
     programs = cdiv(rows.total(), tile.rows) if partials is None else partials.shape[0]
     tensors = (*[dy if t is None else t for t in optional], seed_or(drop.seed, dy))
     numbers = (

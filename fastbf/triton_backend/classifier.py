@@ -156,7 +156,7 @@ class Wanted(NamedTuple):
         return self.bias or self.logit_bias
 
 
-class Gradients(NamedTuple):
+class ClassifierGradients(NamedTuple):
     """What backward writes to, None where it is not wanted."""
 
     x: Tensor | None  #: in x's dtype
@@ -167,7 +167,7 @@ class Gradients(NamedTuple):
 def backward(
     grad: Tensor, saved: Saved, target: Tensor, options: Options, head: Head, wanted: Wanted,
     dtypes: tuple[torch.dtype, torch.dtype], donated: bool = False,
-) -> Gradients:  # fmt: skip
+) -> ClassifierGradients:  # fmt: skip
     """The gradients of one call.
 
     Args:
@@ -182,7 +182,7 @@ def backward(
     def empty(shape: torch.Size | tuple[int], dtype: torch.dtype, needed: bool) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=grad.device) if needed else None
 
-    grads = Gradients(
+    grads = ClassifierGradients(
         empty(saved.x.shape, dtypes[0], wanted.x),
         empty(saved.matrix.shape, dtypes[1], wanted.matrix),
         empty((saved.matrix.shape[0],), torch.float32, wanted.sums()),
@@ -198,8 +198,9 @@ def backward(
 
 @operator("room", "grads_x", "grads_matrix", "grads_sums")
 def _backward_rows(
-    grad: Tensor, saved: Saved, target: Tensor, options: Options, mean: bool, room: Tensor | None, grads: Gradients
-) -> None:
+    grad: Tensor, saved: Saved, target: Tensor, options: Options, mean: bool, room: Tensor | None,
+    grads: ClassifierGradients,
+) -> None:  # fmt: skip
     """Writes the gradients, with that of the products in ``room``, (M, K + padding), or in chunks of rows.
 
     All chunks are one operator, as in forward.

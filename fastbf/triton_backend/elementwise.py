@@ -39,7 +39,7 @@ class _AddNorm(Function):
     ) -> Tensor:  # fmt: skip
         y, sums = empty_like(x, dtype), empty_like(x, torch.promote_types(x.dtype, residual.dtype))
         drop = Drop(seed, int(Site.ATTENTION_OUTPUT), threshold)
-        add_norm.forward(residual, rows, y=y, x=x, norm=Norm(weight, bias, eps), total=sums, drop=drop)
+        add_norm.forward(residual, rows, y=y, x=x, norm=Norm(weight, bias, eps), residual_out=sums, drop=drop)
         ctx.save_for_backward(sums, weight, seed)
         ctx.eps, ctx.threshold, ctx.rows = eps, threshold, rows
         ctx.dtypes = (x.dtype, residual.dtype, weight.dtype, None if bias is None else bias.dtype)

@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
         return next((4 - i for i, stage in enumerate(stages) if any(stage)), 0)
 
 
-class Gradients(NamedTuple):
+class LayerGradients(NamedTuple):
     """The gradients; None for those that are not wanted."""
 
     x: Tensor | None = None  #: of x's dtype; with ``fork`` "input" the gradient of the fork, else of x
@@ -77,7 +77,7 @@ def summed(norm_first: bool) -> tuple[str, ...]:
 
 
 def sums_width(channels: int, width: int) -> int:
-    """Numbers in ``Gradients.sums`` for C channels and a feed-forward of F."""
+    """Numbers in ``LayerGradients.sums`` for C channels and a feed-forward of F."""
     return 6 * channels + width
 
 
@@ -102,7 +102,7 @@ class _Partials:
 
 def backward(
     d_out: Tensor, x: Tensor, saved: Saved, f: Factors, layer: Layer, wanted: Wanted, dtype: torch.dtype
-) -> Gradients:
+) -> LayerGradients:
     """The gradients of one call.
 
     Args:
@@ -139,14 +139,14 @@ def backward(
         sums = partials.take(3 * channels)
         add_norm.backward(d_out, rows, norm=norm2, ds=ds2, dx=d_branch, partials=sums, drop=drop)
     if reach < 1:
-        return Gradients(sums=partials.total())
+        return LayerGradients(sums=partials.total())
 
     # feed-forward
     dh, drop, sums = torch.mm(d_branch, f.linear2), layer.drop(Site.ACTIVATION), partials.take(width)
     again = None if layer.activation == "relu" else torch.empty_like(saved.hidden)  # u, which ReLU has kept
     activation.backward(dh, saved.hidden, rows, layer.activation, dh=dh, u=again, partials=sums, drop=drop)
     u = saved.hidden if again is None else again
-    grads = Gradients(
+    grads = LayerGradients(
         linear1_weight=weight_gradient(dh, saved.z, dtype) if wanted.linear1_weight else None,
         linear2_weight=weight_gradient(d_branch, u, dtype) if wanted.linear2_weight else None,
     )

@@ -62,12 +62,12 @@ def forward(
 
         residual, copy, drop = saved.z, None, layer.drop(Site.ATTENTION_OUTPUT)
         if layer.norm_first:
-            add_norm.forward(x, rows, x=branch, total=saved.s1, y=saved.z, norm=norm2, drop=drop)
+            add_norm.forward(x, rows, x=branch, residual_out=saved.s1, y=saved.z, norm=norm2, drop=drop)
             residual = saved.s1
         else:
             if layer.norm != layer.compute:
                 residual, copy = torch.empty(x.shape, dtype=layer.norm, device=x.device), saved.z
-            add_norm.forward(x, rows, x=branch, total=saved.s1, y=residual, copy=copy, norm=norm1, drop=drop)
+            add_norm.forward(x, rows, x=branch, residual_out=saved.s1, y=residual, copy=copy, norm=norm1, drop=drop)
 
         linear_into(saved.z, w.linear1_weight, w.linear1_bias, saved.hidden)
         u = saved.hidden if layer.activation == "relu" else torch.empty_like(saved.hidden)
@@ -75,5 +75,5 @@ def forward(
         linear_into(u, w.linear2_weight, w.linear2_bias, branch)
 
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
-        add_norm.forward(residual, rows, x=branch, total=saved.s2, y=out, norm=last, plain=plain, drop=drop)
+        add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=out, norm=last, plain=plain, drop=drop)
     return out, saved
