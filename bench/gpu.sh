@@ -52,7 +52,7 @@ measure() {
     local name=$1 limit=$2 file=$out/$3.csv
     shift 3
     rm -f "$work/rows.csv"
-    part "$name" "$limit" "$python" -m bench "$@" --csv "$work/rows.csv"
+    part "$name" "$limit" "$python" -m bench "$@" --out "$work/rows.csv"
     [[ -s $work/rows.csv ]] || return
     if [[ -s $file ]]; then tail -n +2 "$work/rows.csv" >>"$file"; else cp "$work/rows.csv" "$file"; fi
 }
@@ -73,7 +73,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     # Kernels are compiled for each width; here side by side, so that nothing below waits for a compiler.
     part build 45 bash -c 'pids=""; for w in imagenet-lt-256 cifar100-lt czsl inaturalist vit v2-deit-s v2-detr \
             large-1024-512 large-16384-512 large-4096-2048; do
-            "$python" -m bench memory --workloads $w --providers fastbf --csv "$work/$w.csv" & pids="$pids $!"; done
+            "$python" -m bench memory --workloads $w --providers fastbf --out "$work/$w.csv" & pids="$pids $!"; done
         status=0; for p in $pids; do wait $p || status=1; done; exit $status'
     papers="imagenet-lt-256 imagenet-lt-512 cifar100-lt inaturalist czsl vit imagenet-lt-128 v2-deit-s v2-detr
         v2-deformable-detr"
@@ -93,16 +93,16 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     # shellcheck disable=SC2086
     measure loss 35 ops op loss --seconds 0.05 --providers fastbf paper F.linear_cross_entropy liger cut-cross-entropy \
         --workloads $papers $large large-32768-2048 classes-8142 classes-50000 classes-128000
-    part tune 60 "$python" -m bench tune --budget 45 --csv "$out/tune.csv"
+    part tune 60 "$python" -m bench tune --budget 45 --out "$out/tune.csv"
     measure compiled 60 compiled step --seconds 0.1 --providers fastbf fastbf-graphed paper compile compile-max \
         --workloads imagenet-lt-256 large-4096-512 cifar100-lt v2-deit-s
-    part host 12 "$python" -m bench host --csv "$out/host.csv" --seconds 0.5
+    part host 12 "$python" -m bench host --out "$out/host.csv" --seconds 0.5
     if command -v ncu >/dev/null; then
         # After the launches of the comparison with fp64 and one forward: a whole step.
         part ncu 30 ncu --clock-control none --launch-skip 18 --launch-count 12 \
             --kernel-name 'regex:^(forward|backward|add_norm|activation|cross_entropy)_' \
             --section SpeedOfLight --section LaunchStats --section Occupancy \
-            "$python" -m bench memory --workloads imagenet-lt-512 --providers fastbf --csv "$work/ncu.csv"
+            "$python" -m bench memory --workloads imagenet-lt-512 --providers fastbf --out "$work/ncu.csv"
     else
         say "ncu: skipped, not installed"
     fi
@@ -123,7 +123,7 @@ else
     measure attention 30 ops op attention --seconds 0.02 --modes forward backward --providers fastbf fastbf-torch paper \
         --workloads cifar100-lt
     measure loss 30 ops op loss --seconds 0.02 --providers fastbf fastbf-torch paper --workloads cifar100-lt
-    part host 60 "$python" -m bench host --csv "$out/host.csv" --seconds 0.3
+    part host 60 "$python" -m bench host --out "$out/host.csv" --seconds 0.3
     for name in install build step-graph step-large tune compiled ncu sanitizer elementwise; do
         say "$name: skipped, needs an NVIDIA GPU"
     done

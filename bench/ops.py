@@ -21,6 +21,11 @@ DTYPES = {
 }
 
 
+def default_dtype(op: str, device: torch.device) -> str:
+    """What people train in."""
+    return "fp32" if device.type == "cpu" else "bf16" if op == "attention" else "amp"
+
+
 class Problem(NamedTuple):
     """One op of one workload, as every provider is given it."""
 

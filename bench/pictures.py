@@ -1,4 +1,4 @@
-"""Pictures of a training step over the batch: speed, share of the limit, peak memory."""
+"""Pictures of a training step over the batch: speed, share of the limit, peak memory. Each makes one point."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class Quantity(NamedTuple):
     """What a picture shows of every measurement."""
 
     file: str
+    title: str  #: the point that it makes
     name: str
     value: Callable[[Row], float | None]
-    log: bool = False
     level: float | None = None  #: where a line across goes
+    providers: tuple[str, ...] = tuple(STYLES)
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
@@ -44,10 +45,18 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     for device, dtype in sorted({(r["device"], r["dtype"]) for r in steps}):
         here = [r for r in steps if (r["device"], r["dtype"]) == (device, dtype)]
         for quantity in (
-            Quantity("speed", "speed-up over the best other", _speed_up(here), level=1.0),
-            Quantity("share", "share of the limit, percent", lambda r: r["share"] and 100 * r["share"]),
-            Quantity("memory", "peak memory, MiB", lambda r: r["peak_mib"], log=True),
-        ):
+            Quantity(
+                "speed", "How much faster than the fastest other", "speed-up", _speed_up(here), level=1.0
+            ),
+            Quantity(
+                "share", "How near to what the machine allows", "share of the limit, percent",
+                lambda r: r["share"] and 100 * r["share"],
+            ),
+            Quantity(
+                "memory", "How much of the memory that the paper's code takes", "percent of the paper's peak",
+                _memory_share(here), level=100.0, providers=("fastbf", "fastbf-torch"),
+            ),
+        ):  # fmt: skip
             drawn += _picture(folder / f"{quantity.file}-{slug(device)}-{dtype}.png", here, quantity)
     return drawn
 
@@ -61,6 +70,12 @@ def _speed_up(rows: list[Row]) -> Callable[[Row], float | None]:
     return lambda r: others[_problem(r)] / r["p50_ms"] if r["p50_ms"] is not None and _problem(r) in others else None
 
 
+def _memory_share(rows: list[Row]) -> Callable[[Row], float | None]:
+    """A row's peak memory in percent of that of the paper's code."""
+    paper = {_problem(r): r["peak_mib"] for r in rows if r["provider"] == "paper" and r["peak_mib"]}
+    return lambda r: 100 * r["peak_mib"] / paper[_problem(r)] if r["peak_mib"] and _problem(r) in paper else None
+
+
 def _problem(r: Row) -> tuple:
     return r["run"], r["workload"], r["dropout"]
 
@@ -69,7 +84,7 @@ def _picture(path: Path, rows: list[Row], quantity: Quantity) -> list[Path]:
     """A panel for each C and K measured at several N, a line for each provider; nothing if there is none."""
     panels: dict[tuple, list[tuple[Row, float]]] = {}
     for r in rows:
-        if (value := quantity.value(r)) is not None:
+        if r["provider"] in quantity.providers and (value := quantity.value(r)) is not None:
             panels.setdefault((r["c"], r["k"]), []).append((r, value))
     panels = {sizes: points for sizes, points in sorted(panels.items()) if len({r["n"] for r, _ in points}) > 1}
     if not panels:
@@ -87,9 +102,11 @@ def _picture(path: Path, rows: list[Row], quantity: Quantity) -> list[Path]:
         _panel(ax, points, quantity)
         ax.set_title(f"C = {c:.0f}, K = {k:.0f}", fontsize=10)
         handles |= {text: line for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0][0].set_ylim(bottom=0)  # of all panels: a limit that is set before all are drawn would cut the rest
     axes[0][0].set_ylabel(quantity.name)
     fig.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
-    fig.suptitle(f"A training step, {rows[0]['dtype']}: {rows[0]['device']}, {rows[0]['date']}", fontsize=10)
+    where = f"A training step, {rows[0]['dtype']}: {rows[0]['device']}, {rows[0]['date']}"
+    fig.suptitle(f"{quantity.title}\n{where}", fontsize=10)
     fig.savefig(path, dpi=180)
     plt.close(fig)
     return [path]
@@ -111,10 +128,6 @@ def _panel(ax, points: list[tuple[Row, float]], quantity: Quantity) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(batches, [f"{n:.0f}" for n in batches])
     ax.minorticks_off()
-    if quantity.log:
-        ax.set_yscale("log")
-    else:
-        ax.set_ylim(bottom=0)
     if quantity.level is not None:
         ax.axhline(quantity.level, color="#666666", lw=0.8, zorder=0)
     ax.set_xlabel("batch N")

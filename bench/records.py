@@ -71,7 +71,7 @@ class Record(NamedTuple):
 COLUMNS = (*Environment._fields, *Record._fields)
 _NUMBERS = {name for name, kind in get_type_hints(Record).items() if kind is not str}
 Row = dict[str, object]
-Put = Callable[[Iterable[object]], None]  #: writes a row
+Put = Callable[..., None]  #: writes a row; a second argument says whether it holds a measurement
 
 
 def _driver() -> str:
@@ -82,38 +82,47 @@ def _driver() -> str:
         return ""
 
 
-def _commit() -> str:
-    """The commit, with a plus if the package is not as it holds it; without git, a digest of the sources."""
+def commit() -> str:
+    """The commit, with a plus if what is measured is not as it holds it; without git, a digest of the sources."""
     git = ["git", "-C", str(ROOT)]
+    status = ["status", "--porcelain", "fastbf", "kernels", "bench", ":!bench/results"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "fastbf", "kernels"], capture_output=True, text=True, check=True
-        )
-        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, *status], capture_output=True, text=True, check=True)
+        return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        digest = hashlib.sha1()
-        for path in sorted((*ROOT.glob("fastbf/*.py"), *ROOT.glob("kernels/*.py"))):
-            digest.update(path.read_bytes())
-        return f"sources {digest.hexdigest()[:10]}"
+        return f"sources {sources()}"
+
+
+def sources() -> str:
+    """A digest of the package's files."""
+    digest = hashlib.sha1()
+    own = [path for path in ROOT.glob("fastbf/**/*.py") if "kernels" not in path.relative_to(ROOT).parts]  # a link
+    for path in sorted((*own, *ROOT.glob("kernels/*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def environment(device: torch.device) -> Environment:
     """Of this run."""
     return Environment(
         device_name(device), device.type, _driver() if device.type == "cuda" else "", torch.version.cuda or "",
-        torch.__version__, version("triton"), platform.python_version(), _commit(), str(datetime.date.today()),
+        torch.__version__, version("triton"), platform.python_version(), commit(), str(datetime.date.today()),
     )  # fmt: skip
 
 
-def file_name(command: str, where: Environment) -> str:
+def file_name(command: str, device: str) -> str:
     """One for each command and device: a later run replaces it once it is complete."""
-    return f"{command}-{slug(where.device)}.csv"
+    return f"{command}-{slug(device)}.csv"
 
 
 def slug(device: str) -> str:
     """A device's name as part of a file's."""
     return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+class NothingMeasured(RuntimeError):
+    """A run ended, and no provider could serve anything."""
 
 
 @contextmanager
@@ -122,6 +131,9 @@ def output(path: Path, columns: Iterable[str]) -> Iterator[Put]:
 
     Where an earlier run's file is, rows go to one beside it, which takes its place when it is complete: until then the
     earlier rows are all there are. The name is this process's own, as what an earlier run left there may be all it had.
+
+    Raises:
+        NothingMeasured: no row holds a measurement.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.resolve() if path.is_file() else None  # a link stays one; /dev/null is written to
@@ -132,14 +144,16 @@ def output(path: Path, columns: Iterable[str]) -> Iterator[Put]:
         with new.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             rows = csv.writer(file)
 
-            def put(row: Iterable[object]) -> None:
+            def put(row: Iterable[object], holds: bool = True) -> None:
                 nonlocal measured
-                measured = True
+                measured = measured or holds
                 rows.writerow(row)
                 file.flush()
 
             rows.writerow(columns)
             yield put
+            if not measured:
+                raise NothingMeasured
     except BaseException:
         if not measured and new.is_file():
             new.unlink()
@@ -153,7 +167,7 @@ def output(path: Path, columns: Iterable[str]) -> Iterator[Put]:
 def write(put: Put, where: Environment, records: Iterable[Record]) -> Iterator[Record]:
     """Passes the records on, each one written first."""
     for record in records:
-        put([*where, *(_short(value) for value in record)])
+        put([*where, *(_short(value) for value in record)], record.status == "measured")
         yield record
 
 

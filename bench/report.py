@@ -30,21 +30,22 @@ def make(paths: Iterable[Path], pages: Sequence[Path], folder: Path) -> list[Pat
     the locale says.
     """
     rows = [r for r in read(paths) if "op" in r]  # tuning has other columns
-    drawn = pictures.draw([r for r in rows if _headline(r)], folder)
+    drawn = pictures.draw([r for r in rows if _ordinary(r)], folder)
     for page in pages:
         _fill(page, rows, drawn)
     return [*pages, *drawn]
 
 
-def _headline(r: Row) -> bool:
-    """Whether it belongs to tables and pictures of every device: whole computations, not small, on an idle machine.
-
-    Of the rates the paper's; the loss has none.
-    """
+def _ordinary(r: Row) -> bool:
+    """Whether it is of a whole computation on an idle machine, at the paper's rate of dropout; the loss has none."""
     known = PROVIDERS.get(r["provider"])
     whole = known is None or not known.traits.unchecked
-    paper = r["dropout"] == 0.5 or r["op"] == "loss"
-    return whole and paper and not r["busy"] and not r["workload"].startswith("small-")
+    return whole and (r["dropout"] == 0.5 or r["op"] == "loss") and not r["busy"]
+
+
+def _headline(r: Row) -> bool:
+    """Whether it belongs to the tables of every device: not small either."""
+    return _ordinary(r) and not r["workload"].startswith("small-")
 
 
 def _fill(page: Path, rows: list[Row], drawn: list[Path]) -> None:

@@ -179,10 +179,10 @@ def _record(cell: Cell, ready: _Ready, taken: list[float], limit: ceilings.Ceili
     flops = OPS[cell.problem.op].flops(cell.problem.workload, cell.mode)
     peak = None if ready.peak is None else ready.peak / MIB
     if not taken:
-        return Record(*_key(cell), "measured", ready.note, None, None, None, 0, peak, flops, ready.nbytes, *[None] * 5)
+        return Record(*key(cell), "measured", ready.note, None, None, None, 0, peak, flops, ready.nbytes, *[None] * 5)
     p20, p50, p80 = timing.quantiles(taken)
     return Record(
-        *_key(cell), "measured", ready.note, p20 * 1e3, p50 * 1e3, p80 * 1e3, len(taken), peak, flops, ready.nbytes,
+        *key(cell), "measured", ready.note, p20 * 1e3, p50 * 1e3, p80 * 1e3, len(taken), peak, flops, ready.nbytes,
         ready.nbytes / p50 / 1e9, flops / p50 / 1e12, limit.bytes / 1e9, limit.flops / 1e12,
         limit.seconds(ready.nbytes, flops) / p50,
     )  # fmt: skip
@@ -190,10 +190,11 @@ def _record(cell: Cell, ready: _Ready, taken: list[float], limit: ceilings.Ceili
 
 def _missing(cell: Cell, status: str, note: str) -> Record:
     flops = OPS[cell.problem.op].flops(cell.problem.workload, cell.mode)
-    return Record(*_key(cell), status, note, None, None, None, 0, None, flops, 0, *[None] * 5)
+    return Record(*key(cell), status, note, None, None, None, 0, None, flops, 0, *[None] * 5)
 
 
-def _key(cell: Cell) -> tuple[object, ...]:
+def key(cell: Cell) -> tuple[object, ...]:
+    """The first fields of its record."""
     problem, w = cell.problem, cell.problem.workload
     return (
         problem.op, w.name, w.n, w.positions, w.c, w.k, problem.dtype, problem.dropout, cell.mode, cell.capture,

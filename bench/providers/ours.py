@@ -67,14 +67,14 @@ def _step(p: Problem, leaves: list[Tensor], backend: str) -> tuple[Function, lis
     return step, [leaves[0], *parameters]
 
 
-#: Each op's function, the leaves that are its gradients', and how many of those are arguments.
+#: How each op is built, how many of its leaves are arguments, and the function of fastbf whose kernels serve it.
 _FUNCTIONS = {
-    "attention": (_attention, 3),
-    "add_norm": (_add_norm, 4),
-    "activation": (_activation, 1),
-    "layer": (_layer, 1),
-    "loss": (_loss, 3),
-    "step": (_step, 1),
+    "attention": (_attention, 3, "batch_attention"),
+    "add_norm": (_add_norm, 4, "dropout_add_layer_norm"),
+    "activation": (_activation, 1, "activation_dropout"),
+    "layer": (_layer, 1, "encoder_layer"),
+    "loss": (_loss, 3, "linear_cross_entropy"),
+    "step": (_step, 1, "encoder_layer"),
 }
 
 
@@ -89,11 +89,11 @@ class Fastbf(NamedTuple):
     ops: tuple[str, ...] = tuple(OPS)
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
+        build, count, served_by = _FUNCTIONS[problem.op]
         try:
-            choose(self.backend, "activation_dropout", inputs.leaves[0])
+            choose(self.backend, served_by, *inputs.leaves[:1], head_dim=problem.workload.head_dim)
         except ValueError as error:
-            raise Unavailable(str(error).partition("call: ")[2]) from error
-        build, count = _FUNCTIONS[problem.op]
+            raise Unavailable(str(error).partition("call: ")[2].replace(served_by, "the op")) from error
         function, leaves = build(problem, inputs.leaves, self.backend)
         arguments = leaves[:count] + ([] if inputs.target is None else [inputs.target])
         if self.graphed:

@@ -136,6 +136,8 @@ class Sdpa(NamedTuple):
     traits: Traits = Traits()
 
     def case(self, problem: Problem, inputs: Inputs) -> Case:
+        self._try(problem)
+
         def only(function: Function) -> Function:
             def call(*tensors: Tensor) -> Tensor:
                 with sdpa_kernel(self.backend):
@@ -144,6 +146,15 @@ class Sdpa(NamedTuple):
             return call
 
         return _case(problem, inputs, only)
+
+    def _try(self, problem: Problem) -> None:
+        """Attention of few samples, to see whether there is such a kernel at all."""
+        x = torch.zeros(1, HEADS, 16, problem.workload.head_dim, dtype=problem.compute, device=problem.device)
+        try:
+            with sdpa_kernel(self.backend):
+                F.scaled_dot_product_attention(*[x.requires_grad_()] * 3, dropout_p=problem.dropout)
+        except RuntimeError as error:
+            raise Unavailable("this backend has no kernel for such a head dimension and rate of dropout") from error
 
 
 class PytorchChunks(NamedTuple):

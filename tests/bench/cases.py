@@ -7,29 +7,17 @@ from pathlib import Path
 
 import torch
 
-from bench import (
-    runner,
-)
+from bench import runner
 from bench.ops import Problem
 from bench.providers import Case, Traits
 from bench.runner import Plan
 from bench.workloads import Workload
 
 CPU = torch.device("cpu")
-
-
 SMALL = Workload("cifar100-lt", 24, 64, 10)
-
-
 DENSE = Workload("v2-detr", 2, 64, positions=5)
-
-
 POOLED = Workload("small-v2-16-65-64", 24, 64, 10, positions=5)
-
-
 PLAN = Plan(("fastbf-torch", "paper"), ("both",), ("eager",), seconds=0.0)
-
-
 ROOT = Path(__file__).parents[2]
 
 

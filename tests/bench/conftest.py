@@ -4,9 +4,7 @@ import io
 
 import pytest
 
-from bench import (
-    runner,
-)
+from bench import runner
 from bench.providers import PROVIDERS
 from tests.bench.cases import PLAN, Stub, measured, problem
 

@@ -9,9 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from bench import (
-    timing,
-)
+from bench import timing
 from bench.busy import busy_processes
 from tests.bench.cases import PLAN, ROOT, measured, problem
 

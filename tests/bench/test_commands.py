@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-from bench import (
-    records,
-)
+from bench import records
 from tests.bench.cases import ROOT, in_ascii
 
 #: Runs ``python -m bench``; the second case to be timed sends the process what Ctrl-C does.
@@ -52,7 +50,7 @@ class TestEntry:
         path = tmp_path / "a.csv"
         path.write_text("earlier", encoding="utf-8")
         what = ["op", "loss", "--modes", "forward", "both", "--workloads", "cifar100-lt", "--providers", "paper"]
-        what += ["--seconds", "0.02", "--device", "cpu", "--csv", path]
+        what += ["--seconds", "0.02", "--device", "cpu", "--out", path]
         result = in_ascii("-c", STOPPED, *what)
         assert result.returncode == 130, result.stderr
         (partial,) = tmp_path.glob("*.partial")

@@ -2,10 +2,7 @@
 
 import pytest
 
-from bench import (
-    counts,
-    limits,
-)
+from bench import counts, limits
 from bench.ops import OPS
 from bench.workloads import BY_NAME, WORKLOADS
 

@@ -4,12 +4,7 @@ import os
 
 import pytest
 
-from bench import (
-    commands,
-    host,
-    records,
-    runner,
-)
+from bench import commands, host, records, runner
 
 
 class TestOutput:
@@ -102,7 +97,7 @@ class TestOutput:
         path = tmp_path / "a.csv"
         self.put(path, ("one", 1))
         earlier = path.read_bytes()
-        what = [command, "--csv", str(path)] + ["loss"] * (command == "op")
+        what = [command, "--out", str(path)] + ["loss"] * (command == "op")
         what += [] if command == "host" else ["--workloads", "cifar100-lt", "--device", "cpu"]
         what += [] if command == "memory" else ["--seconds", "0.02"]
         with pytest.raises(KeyboardInterrupt):
@@ -113,6 +108,6 @@ class TestOutput:
     def test_nothing_to_measure_is_no_run(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
         path = tmp_path / "a.csv"
-        assert commands.main(["op", "loss", "--workloads", "v2-detr", "--csv", str(path)]) == 2
+        assert commands.main(["op", "loss", "--workloads", "v2-detr", "--out", str(path)]) == 2
         assert not path.exists()
         assert "nothing to measure" in capsys.readouterr().err

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import (
-    counts,
-)
+from bench import counts
 from bench.ops import MODES, OPS
 from bench.providers import PROVIDERS, Unavailable, differs, timed
 from tests.bench.cases import DENSE, POOLED, SMALL, problem

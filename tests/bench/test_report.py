@@ -5,11 +5,7 @@ from itertools import product
 
 import pytest
 
-from bench import (
-    pictures,
-    records,
-    report,
-)
+from bench import pictures, records, report
 from bench.providers import PROVIDERS
 from bench.workloads import BY_NAME
 from tests.bench.cases import CPU, ROOT
@@ -155,7 +151,8 @@ class TestReport:
             "6 | 4 | 1.50 | 6 (paper) | 4 (fastbf-torch) | 1.50 | 50% |"
         ]
 
-    def test_pictures_are_of_the_readmes_rows(self, tmp_path, monkeypatch):
+    def test_pictures_are_of_small_batches_too(self, tmp_path, monkeypatch):
+        """Of whole computations on an idle machine, at the paper's rate of dropout."""
         paths = self.steps(
             tmp_path / "a.csv",
             ("small-16-64", 0.5, 0, {"paper": 1.0}),
@@ -165,8 +162,30 @@ class TestReport:
         monkeypatch.setattr(pictures, "draw", lambda rows, _: seen.extend(rows) or [])
         report.make(paths, [], tmp_path)
         assert [(r["workload"], r["dropout"], r["busy"], r["provider"]) for r in seen] == [
-            ("large-1024-512", 0.5, 0, "paper")
+            ("small-16-64", 0.5, 0, "paper"),
+            ("large-1024-512", 0.5, 0, "paper"),
         ]
+
+    def test_pictures_show_all_of_every_panel(self, tmp_path, monkeypatch):
+        """The axis that panels share reaches from 0 over the largest value, in whichever panel it is."""
+        limits = {}
+
+        def savefig(figure, path, **_):
+            limits[path.name.partition("-")[0]] = [ax.get_ylim() for ax in figure.axes]
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        times = {"fastbf-torch": 1.0, "paper": 2.0}
+        paths = self.steps(
+            tmp_path / "a.csv",
+            ("small-16-64", 0.5, 0, times),
+            ("small-64-64", 0.5, 0, times),
+            ("large-1024-512", 0.5, 0, {"fastbf-torch": 1.0, "paper": 9.0}),
+            ("large-4096-512", 0.5, 0, {"fastbf-torch": 1.0, "paper": 5.0}),
+        )
+        report.make(paths, [], tmp_path)
+        assert {name: len(panels) for name, panels in limits.items()} == {"speed": 2, "share": 2, "memory": 2}
+        for name, largest in {"speed": 9, "share": 50, "memory": 100}.items():
+            assert all(low == 0 and high > largest for low, high in limits[name]), (name, limits[name])
 
     def test_docs_without_a_measurement(self, tmp_path):
         """As they are before anything is measured; the project's own have every block."""

@@ -4,15 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import (
-    commands,
-    records,
-    runner,
-    test_ops,
-    timing,
-)
+from bench import commands, records, runner, test_ops, timing
+from bench.providers import PROVIDERS
 from bench.workloads import BY_NAME
-from tests.bench.cases import CPU, PLAN, SMALL, in_ascii, measured, problem
+from tests.bench.cases import CPU, PLAN, SMALL, Stub, in_ascii, measured, problem
 
 
 def loss_of(inputs, bias=True):
@@ -49,7 +44,7 @@ class TestRunner:
     def test_as_a_user_runs_it(self, command, tmp_path):
         """In a process that has imported nothing else: ours and the paper's code are measured, on any terminal."""
         rows = tmp_path / "rows.csv"
-        what = [command, "--workloads", "cifar100-lt", "--providers", "fastbf-torch", "paper", "--csv", str(rows)]
+        what = [command, "--workloads", "cifar100-lt", "--providers", "fastbf-torch", "paper", "--out", str(rows)]
         what += ["--seconds", "0.02"] if command == "step" else []
         result = in_ascii("-m", "bench", *what, "--device", "cpu")
         assert result.returncode == 0, result.stdout + result.stderr
@@ -59,9 +54,8 @@ class TestRunner:
     def test_rates_and_busy_processes(self, monkeypatch, tmp_path):
         """Every rate of a step, one of the loss, which has none; the file of a busy run is another one."""
         monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
-        monkeypatch.setattr(commands, "RESULTS", tmp_path)
         what = ["--workloads", "small-16-64", "--providers", "paper", "--seconds", "0.02", "--device", "cpu"]
-        what += ["--dropout", "0.5", "0.1"]
+        what += ["--dropout", "0.5", "0.1", "--out", str(tmp_path)]
         for command, rates, busy in (
             (["step"], [0.5, 0.1], 0), (["step", "--busy", "1"], [0.5, 0.1], 1), (["op", "loss"], [0.0], 0),
             (["memory"], [0.5, 0.1], 0),
@@ -73,15 +67,19 @@ class TestRunner:
             assert [(row["dropout"], row["busy"]) for row in records.read([path])] == [(rate, busy) for rate in rates]
             path.unlink()
 
-    def test_our_failure_is_an_error(self, monkeypatch, tmp_path):
+    @pytest.mark.parametrize(("failing", "status"), [("liger", 0), ("fastbf-torch", 1)])
+    def test_our_failure_is_an_error(self, failing, status, monkeypatch, tmp_path, capsys):
+        """A peer's is a row and no more."""
+
         def fail(*_):
             raise RuntimeError("broken on purpose")
 
-        monkeypatch.setattr("bench.runner.timed", fail)
+        monkeypatch.setitem(PROVIDERS, failing, Stub(fail))
         monkeypatch.setattr(commands.triton.knobs.runtime, "interpret", False)
-        what = ["--workloads", "cifar100-lt", "--seconds", "0.02", "--device", "cpu", "--csv", str(tmp_path / "r.csv")]
-        for provider, status in (("paper", 0), ("fastbf-torch", 1)):
-            assert commands.main(["step", *what, "--providers", provider]) == status
+        what = ["--workloads", "cifar100-lt", "--seconds", "0.02", "--device", "cpu", "--out", str(tmp_path / "r.csv")]
+        assert commands.main(["op", "loss", *what, "--providers", "paper", failing]) == status
+        assert ("broken on purpose" in capsys.readouterr().err) == (status == 1)
+        assert [row["status"] for row in records.read([tmp_path / "r.csv"])] == ["measured", "failed"]
 
     @pytest.mark.parametrize(
         ("error", "note"), [(torch.OutOfMemoryError("9 GiB"), "out of memory"), (KeyError("head 7"), "head 7")]

@@ -5,10 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import (
-    targets,
-    workloads,
-)
+from bench import targets, workloads
 from tests.bench.cases import DENSE, SMALL, problem
 
 

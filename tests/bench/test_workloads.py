@@ -2,9 +2,7 @@
 
 import pytest
 
-from bench import (
-    workloads,
-)
+from bench import workloads
 from bench.workloads import BY_NAME, WORKLOADS
 
 
