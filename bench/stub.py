@@ -10,7 +10,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastbf import backend
+from fastbf import backend, signatures
+from fastbf.triton_backend import tape
 
 
 class _Driver:
@@ -42,16 +43,24 @@ class _Driver:
         return torch.device("cpu")
 
 
+def _forget() -> None:
+    """What is known of a signature, and its launches, are this driver's."""
+    signatures.forget()
+    tape.forget()
+
+
 @contextmanager
 def stub_gpu() -> Iterator[_Driver]:
     """Kernels given CPU tensors are compiled for sm_90 and launched on a device that does nothing."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter takes the place of what is measured")
     driver, interpreted = _Driver(), backend._interpreted
+    _forget()
     triton.runtime.driver.set_active(driver)
     backend._interpreted = lambda: True
     try:
         yield driver
     finally:
+        _forget()
         backend._interpreted = interpreted
         triton.runtime.driver._active = None

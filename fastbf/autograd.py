@@ -23,9 +23,11 @@ def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Ca
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> Gradients:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
                 return found
             # create_graph=True: autograd records what is done with these gradients.
             leaves = (None if grad is None else grad.detach().requires_grad_() for grad in found)

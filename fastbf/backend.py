@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbf.signatures import forget
 from fastbf.torch_state import traced_as_constant, transformed
 
 BACKENDS = ("auto", "triton", "torch")
@@ -95,6 +96,7 @@ _failed: dict[tuple[str, torch.device], str] = {}
 def unbuilt(op: str, device: torch.device, error: Exception) -> str:
     """Makes "auto" take PyTorch for ``op`` on a device whose kernel could not be built; returns the reason."""
     reason = _failed[op, device] = f"a Triton kernel of {op} could not be built, {error}."
+    forget()
     return reason
 
 

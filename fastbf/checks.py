@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -155,9 +155,14 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
             f"target must have shape {(*rows, *tail)}" + ("" if rows[0] % 2 else f", or {forked} for a fork,") +
             f" for an input of {rows[0]} rows; got {tuple(target.shape)}"
         )  # fmt: skip
-    if not target.is_floating_point() and device.type == "cpu" and not torch.compiler.is_compiling():
-        class_indices(target, num_classes, ignore_index)
+    index_range(target, num_classes, ignore_index)
     return target.shape[0] != rows[0]
+
+
+def index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Checks class indices where that waits for nothing: on CPU."""
+    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
+        class_indices(target, num_classes, ignore_index)
 
 
 def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -175,26 +180,8 @@ def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-# Keys of calls that passed. The checks of a call take as long as a launch.
-_checked: set[tuple[object, ...] | None] = set()
-
-
-def _key(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[object, ...] | None:
-    """The key of a call in ``_checked``: all that the checks read. None under a compiler, or if one is no tensor."""
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        return (len(size) > 1, size[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *of_tensors)
-    except (AttributeError, IndexError):  # not all of them are tensors
-        return None
-
-
 def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     """Checks that the tensors of an encoder layer fit each other."""
-    key = _key(x, weights, type(num_heads), num_heads)
-    if key in _checked:
-        return
     floating("x", x)
     min_rank("x", x, 2, "(N, …, C)")
     channels, fields = x.shape[-1], weights._asdict()
@@ -213,17 +200,12 @@ def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     same_device("x", x, fields)
     if autocast_dtype(x) is None:
         same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
-    if key is not None:
-        _checked.add(key)
 
 
 def classifier(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
 ) -> None:
     """Checks that the tensors of a classifier fit its input and each other."""
-    key = _key(input, (linear_weight, linear_bias, weight, logit_bias))
-    if key in _checked:
-        return
     floating("input", input)
     min_rank("input", input, 2, "(M, …, C)")
     min_rank("linear_weight", floating("linear_weight", linear_weight), 2, "(K, C)")
@@ -237,5 +219,3 @@ def classifier(
     if autocast_dtype(input) is None:
         same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     positive("the number of classes, linear_weight.shape[0],", num_classes)
-    if key is not None:
-        _checked.add(key)

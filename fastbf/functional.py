@@ -22,6 +22,7 @@ from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import Batch, Facts, meet, name_of, rank_and_size
 from fastbf.dropout import draw_seed, drop_threshold
 from fastbf.reference import LayerOptions, LayerWeights, LossOptions
+from fastbf.signatures import recall, remember, signature
 from fastbf.torch_backend import attention, classifier, elementwise
 from fastbf.torch_backend import encoder_layer as layer
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, transformed
@@ -274,23 +275,33 @@ def encoder_layer(
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
-    checks.layer(x, weights, num_heads)
+    group = None if process_group is None else name_of(process_group)
+    settings = num_heads, activation, dropout_p, norm_first, eps, forked, backend
+    key = None
+    if group is None and seed is None:
+        key = signature(x, weights, plain is not None, *settings, type(num_heads), type(dropout_p), type(eps))
+    known: tuple[Choice, LayerOptions] | None = recall(key)
+    if known is None:
+        checks.layer(x, weights, num_heads)
+        checks.choice("activation", activation, ACTIVATIONS)
+        p = checks.probability("dropout_p", dropout_p)
+        options = LayerOptions(num_heads, activation, norm_first, checks.finite("eps", eps), p)
+    else:
+        choice, options = known
     if plain is not None and plain is not x:
         checks.shape("plain", plain, tuple(x.shape))
         checks.same_device("x", x, {"plain": plain})
     if forked and (plain is not None or x.shape[0] % 2):
         given = "plain as well" if plain is not None else f"{x.shape[0]} samples"
         raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
-    checks.choice("activation", activation, ACTIVATIONS)
-    p = checks.probability("dropout_p", dropout_p)
-    options = LayerOptions(num_heads, activation, norm_first, checks.finite("eps", eps), p)
-    group = None if process_group is None else name_of(process_group)
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
     if absent:  # this rank has no samples, but the others wait for it: it computes with a sample of zeros
         x, plain = _with_zero_sample(x, plain, forked)
-    choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
-    seed = _as_seed(seed, p, x.device, _needs_seed(choice, group))
+    if known is None:
+        choice = choose(backend, "encoder_layer", x, head_dim=x.shape[-1] // num_heads)
+        remember(key, (choice, options))
+    seed = _as_seed(seed, options.dropout_p, x.device, _needs_seed(choice, group))
     batch = None
     if group is not None and not alone:
         batch = _meet(group, x, weights, absent, choice, options, forked)
@@ -409,28 +420,39 @@ def linear_cross_entropy(
 
     Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
     """
-    checks.classifier(input, linear_weight, linear_bias, weight, logit_bias)
-    num_classes = linear_weight.shape[0]
-    scale = checks.finite("scale", scale)
-    ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    label_smoothing = checks.probability("label_smoothing", label_smoothing)
-    forked = checks.target(target, tuple(input.shape[:-1]), num_classes, input.device, ignore_index)
-    obstacle = _classifier_obstacle(target, weight, logit_bias)
-    choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
+    settings = scale, reduction, ignore_index, label_smoothing, stats, backend
+    tensors = input, linear_weight, linear_bias, weight, logit_bias, target
+    differentiable = getattr(target, "requires_grad", None), getattr(weight, "requires_grad", None)
+    kinds = type(scale), type(ignore_index), type(label_smoothing), type(stats)
+    key = signature(input, tensors, differentiable, *settings, *kinds)
+    known: tuple[Choice, LossOptions] | None = recall(key)
+    if known is None:
+        checks.classifier(input, linear_weight, linear_bias, weight, logit_bias)
+        scale = checks.finite("scale", scale)
+        ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
+        checks.choice("reduction", reduction, ("mean", "sum", "none"))
+        label_smoothing = checks.probability("label_smoothing", label_smoothing)
+        rows, num_classes = tuple(input.shape[:-1]), linear_weight.shape[0]
+        forked = checks.target(target, rows, num_classes, input.device, ignore_index)
+        obstacle = _classifier_obstacle(target, weight, logit_bias)
+        choice = choose(backend, "linear_cross_entropy", input, linear_weight, obstacle=obstacle)
+        options = LossOptions(scale, reduction, ignore_index, label_smoothing, forked, stats)
+        remember(key, (choice, options))
+    else:
+        choice, options = known
+        checks.index_range(target, linear_weight.shape[0], options.ignore_index)
 
-    options = LossOptions(scale, reduction, ignore_index, label_smoothing, forked, stats)
-    tensors = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
+    others = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
     loss = None
     if choice.backend == "triton":
         from fastbf.triton_backend import classifier as kernels
 
         try:
-            loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **tensors)
+            loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **others)
         except kernels.BuildError as error:
             give_up(choice, "linear_cross_entropy", input.device, error)
     if loss is None:
-        loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **tensors)
+        loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **others)
     return (loss, LossStats(*streams)) if stats else loss
 
 

@@ -1,14 +1,17 @@
 """What launchers share: the launch, operators for ``torch.compile``, and arguments of dropout."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import wraps
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES
 
@@ -30,6 +33,42 @@ NO_DROP = Drop()
 # Compiled kernels and the values of their compile-time parameters, by all that Triton's cache depends on. A look-up
 # takes a fraction of the time of Triton's dispatcher, which inspects every argument.
 _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+
+
+class Launched(NamedTuple):
+    """A launch, with what making it again takes."""
+
+    compiled: CompiledKernel | None  #: None for Triton's interpreter, where the observer makes the launch
+    programs: int
+    tensors: tuple[Tensor, ...]
+    values: tuple[Any, ...]  #: numbers and compile-time parameters, in the kernel's order
+    interpret: Callable[..., None] | None = None  #: in the interpreter: the launch, given the tensors
+
+
+_observers = threading.local()
+_INTERPRETED = knobs.runtime.interpret  # where kernels are made, each for its life
+
+
+@contextmanager
+def noted(observe: Callable[[Launched], None]) -> Iterator[None]:
+    """Within the context ``observe`` hears of each launch of this thread."""
+    _observers.observe = observe
+    try:
+        yield
+    finally:
+        _observers.observe = None
+
+
+def stream_for(device: torch.device) -> int | None:
+    """The current stream; None where a launch takes the long way: on another device, or with a profiler's hooks."""
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        return None
+    if _INTERPRETED:
+        return 0
+    current = driver.active.get_current_device()
+    if device.index is not None and device.index != current:
+        return None
+    return driver.active.get_current_stream(current)
 
 
 class BuildError(RuntimeError):
@@ -55,8 +94,13 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, programs, device, tensors, numbers, constants)
         return
+    observe = getattr(_observers, "observe", None)
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
-        kernel[(programs,)](*tensors, *numbers, **constants)
+        interpret = partial(_interpret, kernel, programs, numbers, constants)
+        if observe is None:
+            interpret(*tensors)
+        else:
+            observe(Launched(None, programs, tensors, (), interpret))
         return
     addresses = 0
     for t in tensors:
@@ -69,10 +113,19 @@ def launch(
             compiled = kernel[(programs,)](*tensors, *numbers, **constants)
         except Exception as error:  # Triton's own, a compiler's, a driver's
             raise BuildError(f"{kernel.fn.__name__}: {type(error).__name__}: {error}") from error
-        _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+        values = tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+        _compiled[key] = compiled, values
     else:
         compiled, values = found
         compiled[(programs, 1, 1)](*tensors, *numbers, *values)
+    if observe is not None:
+        observe(Launched(compiled, programs, tensors, (*numbers, *values)))
+
+
+def _interpret(
+    kernel: Any, programs: int, numbers: tuple[Any, ...], constants: Mapping[str, Any], *tensors: Tensor
+) -> None:  # fmt: skip
+    kernel[(programs,)](*tensors, *numbers, **constants)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -13,14 +13,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastbf import backend, functional
+from fastbf import backend, functional, signatures
 from fastbf.dropout import Dropout, Site
 from fastbf.dropout import attention_mask as materialised_attention_mask
 from fastbf.dropout import elementwise_mask as materialised_elementwise_mask
 from fastbf.kernels import attention, launch
 from fastbf.kernels.attention_configs import TABLE, Config
 from fastbf.kernels.limits import Limits
-from fastbf.triton_backend import classifier
+from fastbf.triton_backend import classifier, tape
 
 MEMORY = 80 << 30  #: bytes of an emulated GPU
 
@@ -46,6 +46,9 @@ def as_on_gpu(shared_memory: int, processors: int, capability: tuple[int, int], 
         stack.enter_context(patch.object(backend, "_interpreted", lambda: True))
         stack.enter_context(patch.object(functional, "_needs_seed", lambda *_: True))
         stack.enter_context(patch.dict(launch._compiled, clear=True))
+        stack.enter_context(patch.dict(signatures._found, clear=True))
+        stack.enter_context(patch.dict(tape._tapes, clear=True))
+        stack.enter_context(patch.object(tape, "_is_second", lambda *_: False))  # each launch is made as written
         if tf32:
             allowed = {"PRECISION": "tf32"}
             stack.enter_context(patch.object(attention, "_constants", lambda *x: {**constants(*x), **allowed}))

@@ -31,6 +31,7 @@ FLOORS = (
         "fastbf.environment",
         "fastbf.precision",
         "fastbf.reference",
+        "fastbf.signatures",
         "fastbf.torch_state",
         "fastbf.version",
     ),

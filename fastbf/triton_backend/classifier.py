@@ -22,6 +22,7 @@ from fastbf.kernels.launch import BuildError, operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
+from fastbf.triton_backend import tape
 from fastbf.triton_backend.functions import by_kernels, dense, distinct, empty_like, limits_of, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
@@ -187,10 +188,7 @@ def backward(
         empty(saved.matrix.shape, dtypes[1], wanted.matrix),
         empty((saved.matrix.shape[0],), torch.float32, wanted.sums()),
     )
-    room = None
-    if head.keep and donated:  # the kernel writes to each element after it has read it
-        room = saved.z
-        increment_version(room)  # autograd then knows that they are overwritten, even if this fails half-way
+    room = saved.z if donated else None  # the kernel writes to each element after it has read it
     with no_autocast(grad):
         _backward_rows(grad, saved, target, options, head.reduction == "mean", room, grads)
     return grads
@@ -244,9 +242,17 @@ class _Classifier(Function):
         ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, logit_bias: Tensor | None, target: Tensor,
         weight: Tensor | None, head: Head,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        loss, stats, saved = forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
-        ctx.save_for_backward(*saved, target, bias, weight, logit_bias)
-        ctx.head, ctx.dtypes = head, [None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)]
+
+        tensors = target, bias, weight, logit_bias
+        what, inputs = ("linear_cross_entropy", head, x.shape), (x, matrix, *tensors)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                loss, stats, saved = forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
+                made += loss, stats, *saved
+        loss, stats, *saved = made
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.head, ctx.dtypes = head, tuple([None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)])
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for the statistics would cost a launch
         return loss, stats
@@ -254,27 +260,52 @@ class _Classifier(Function):
     @staticmethod
     @by_kernels("linear_cross_entropy")
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        head, wanted = ctx.head, Wanted(*ctx.needs_input_grad[:4])
-        x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = ctx.dtypes
-        *saved, target, bias, weight, logit_bias = ctx.saved_tensors
-        grads = backward(
-            grad.contiguous(), Saved(*saved), target, head.options(bias, weight, logit_bias), head, wanted,
-            (x_dtype, product_dtype(matrix_dtype, head.compute)), donated(grad),
-        )  # fmt: skip
-        d_matrix = None if grads.matrix is None else grads.matrix.to(matrix_dtype)
-        d_bias = d_logit_bias = None
-        if grads.sums is not None and wanted.bias:
-            d_bias = (grads.sums if head.scale == 1 else grads.sums * head.scale).to(bias_dtype)
-        if grads.sums is not None and wanted.logit_bias:
-            d_logit_bias = grads.sums.to(logit_bias_dtype)
-        return grads.x, d_matrix, d_bias, d_logit_bias, None, None, None
+        head, needs, dtypes, tensors = ctx.head, ctx.needs_input_grad[:4], ctx.dtypes, ctx.saved_tensors
+        grad, overwrites = grad.contiguous(), head.keep and donated(grad)
+        if overwrites:  # autograd then knows that the logits are overwritten, even if this fails half-way
+            increment_version(Saved(*tensors[:5]).z)
+
+        what, inputs = ("linear_cross_entropy backward", head, needs, dtypes, overwrites), (grad, *tensors)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _gradients(grad, tensors, head, needs, dtypes, overwrites)
+        return *made, None, None, None
+
+
+def _gradients(
+    grad: Tensor, tensors: tuple[Any, ...], head: Head, needs: tuple[bool, ...],
+    dtypes: tuple[torch.dtype | None, ...], donated: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of x, the weight, the bias and logit_bias, whose needs and dtypes are given; None if not needed.
+
+    Args:
+        tensors: as forward saves them.
+        donated: whether the gradient of the products may overwrite them.
+    """
+    *saved, target, bias, weight, logit_bias = tensors
+    wanted = Wanted(*needs)
+    x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = dtypes
+    assert x_dtype is not None
+    assert matrix_dtype is not None
+    grads = backward(
+        grad, Saved(*saved), target, head.options(bias, weight, logit_bias), head, wanted,
+        (x_dtype, product_dtype(matrix_dtype, head.compute)), donated,
+    )  # fmt: skip
+    d_matrix = None if grads.matrix is None else grads.matrix.to(matrix_dtype)
+    d_bias = d_logit_bias = None
+    if grads.sums is not None and wanted.bias:
+        d_bias = (grads.sums if head.scale == 1 else grads.sums * head.scale).to(bias_dtype)
+    if grads.sums is not None and wanted.logit_bias:
+        d_logit_bias = grads.sums.to(logit_bias_dtype)
+    return [grads.x, d_matrix, d_bias, d_logit_bias]
 
 
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: LossOptions, *, linear_bias: Tensor | None,
     weight: Tensor | None, logit_bias: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and each stream's loss, accuracy and unadjusted accuracy, which are undefined without ``stats``."""
+    """The loss, and each stream's loss, accuracy and unadjusted accuracy if ``stats``."""
     autocasts = autocast_dtype(input)
     compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
     rows = input.flatten(0, -2)
@@ -286,4 +317,6 @@ def linear_cross_entropy(
     x, target, linear_bias, weight, logit_bias = dense(rows, target, linear_bias, weight, logit_bias)
     x, linear_weight, linear_bias, logit_bias = distinct(x, linear_weight, linear_bias, logit_bias)
     loss, of_streams = _Classifier.apply(x, linear_weight, linear_bias, logit_bias, target, weight, head)
-    return loss.view(input.shape[:-1] if options.reduction == "none" else ()), of_streams.unbind()
+    if options.reduction == "none":
+        loss = loss.view(input.shape[:-1])
+    return loss, of_streams.unbind() if options.stats else ()

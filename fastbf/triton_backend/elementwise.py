@@ -96,12 +96,12 @@ def dropout_add_layer_norm(
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
     matrix, rows = in_memory_order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    tensors = distinct(matrix.view(rows.total(), -1), as_rows(residual, rows), *dense(weight, bias))
+    tensors = distinct(matrix, as_rows(residual, rows), *dense(weight, bias))
     return from_rows(_AddNorm.apply(*tensors, seed, drop_threshold(dropout_p), eps, dtype, rows), rows, x.shape)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x)). x (N, …, F) → its shape."""
     matrix, rows = in_memory_order(x)
-    u = _Activation.apply(matrix.view(rows.total(), -1), activation, seed, drop_threshold(dropout_p), rows)
+    u = _Activation.apply(matrix, activation, seed, drop_threshold(dropout_p), rows)
     return from_rows(u, rows, x.shape)

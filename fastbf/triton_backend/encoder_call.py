@@ -40,7 +40,7 @@ class Layer(NamedTuple):
     fork: str  #: "x", "plain", "input" or ""
     compute: torch.dtype  #: of the matrix products
     norm: torch.dtype  #: of a norm's result
-    batch: Batch | None  #: the samples of all ranks; None for this process alone
+    batch: Batch | None = None  #: the samples of all ranks; None for this process alone
     seed: Tensor | None = None  #: int64, one element, on the device; None only if nothing is dropped
 
     def rows(self) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.autograd import Function
 from fastbf.distributed.process_groups import Batch
 from fastbf.dropout import drop_threshold
 from fastbf.kernels.launch import BuildError
+from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
+from fastbf.triton_backend import tape
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
@@ -55,38 +58,71 @@ class _EncoderLayer(Function):
         ctx: Any, x: Tensor, plain: Tensor | None, seed: Tensor | None, layer: Layer, *tensors: Tensor | None
     ) -> Tensor:
         weights = LayerWeights(*tensors)  # type: ignore[arg-type]
-        ctx.plain_dtype = None if plain is None else plain.dtype
+        ctx.layer, ctx.dtypes = layer, tuple([None if t is None else t.dtype for t in (plain, *tensors)])
         if layer.fork == "input":
             x, plain = layer.halves(x)[1].reshape(layer.rows().total(), -1).contiguous(), x
-        out, saved = forward(x, plain, weights, layer._replace(seed=seed))
+
+        what = ("encoder_layer", layer) if layer.batch is None else None
+        inputs = x, plain, seed, *tensors
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                out, rest = forward(x, plain, weights, layer._replace(seed=seed))
+                made += out, *rest
+        out, *rest = made
+        saved = Saved(*rest)
         products = weights[:8:2] if saved.cast is None else (None,) * 4
         ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
-        ctx.layer, ctx.width = layer, weights.linear1_weight.shape[0]
-        ctx.dtypes = [None if w is None else w.dtype for w in weights]
         return out
 
     @staticmethod
     @by_kernels("encoder_layer")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        layer, needs = ctx.layer, ctx.needs_input_grad
-        x, seed, *tensors = ctx.saved_tensors
-        factors, saved = Factors(*tensors[:6]), Saved(*tensors[6:])
-        if saved.cast is not None:
-            factors = cast_factors(saved.cast, ctx.width, factors.norm1, factors.norm2)
-        d_out, wanted = d_out.contiguous(), Wanted(needs[0], *needs[4:])
-        found: dict[str, Any] = {"plain": layer.halves(d_out)[0].to(ctx.plain_dtype) if needs[1] else None}
-        if any(wanted):
-            with no_autocast(x):
-                dtype = product_dtype(ctx.dtypes[0], layer.compute)
-                grads = backward(d_out, x, saved, factors, layer._replace(seed=seed), wanted, dtype)
-            found |= grads._asdict()
-            if grads.sums is not None:
-                found |= _split(_cast_once(grads.sums, ctx.dtypes), layer.norm_first, x.shape[1], ctx.width)
-        parameters = (
-            found[name].to(dtype) if need else None
-            for name, need, dtype in zip(LayerWeights._fields, needs[4:], ctx.dtypes, strict=True)
-        )
-        return found.get("x"), found["plain"], None, None, *parameters
+        layer, needs, dtypes = ctx.layer, ctx.needs_input_grad, ctx.dtypes
+        what = ("encoder_layer backward", layer, needs, dtypes) if layer.batch is None else None
+        d_out, saved = d_out.contiguous(), ctx.saved_tensors
+        inputs = d_out, *saved
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _gradients(d_out, saved, layer, needs, dtypes)
+        d_x, d_plain, *parameters = made
+        return d_x, d_plain, None, None, *parameters
+
+
+def _gradients(
+    d_out: Tensor, tensors: tuple[Any, ...], layer: Layer, needs: tuple[bool, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of x, plain and the weights, None where they are not needed.
+
+    Args:
+        tensors: as forward saves them.
+        needs: of forward's arguments.
+        dtypes: of plain and of the weights.
+    """
+    x, seed, *rest = tensors
+    factors, saved = Factors(*rest[:6]), Saved(*rest[6:])
+    of_plain, *of_weights = dtypes
+    assert of_weights[0] is not None
+    if saved.cast is not None:
+        width = saved.hidden.shape[1]
+        factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
+    wanted = Wanted(needs[0], *needs[4:])
+    found: dict[str, Any] = {"plain": layer.halves(d_out)[0].to(of_plain) if needs[1] else None}
+    if any(wanted):
+        with no_autocast(x):
+            dtype = product_dtype(of_weights[0], layer.compute)
+            grads = backward(d_out, x, saved, factors, layer._replace(seed=seed), wanted, dtype)
+        found |= grads._asdict()
+        if grads.sums is not None:
+            sums = _cast_once(grads.sums, of_weights)
+            found |= _split(sums, layer.norm_first, x.shape[1], factors.linear1.shape[0])
+    parameters = (
+        found[name].to(dtype) if need else None
+        for name, need, dtype in zip(LayerWeights._fields, needs[4:], of_weights, strict=True)
+    )
+    return [found.get("x"), found["plain"], *parameters]
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
@@ -113,15 +149,23 @@ def encoder_layer(
     this rank's samples of it.
     """
     matrix, rows = in_memory_order(x)
-    other = None if plain is None or plain is x else as_rows(plain, rows).view(matrix.shape)
+    other = None if plain is None or plain is x else as_rows(plain, rows)
+    fork = "input" if forked else "plain" if other is not None else "" if plain is None else "x"
     compute = autocast_dtype(x) or x.dtype
-    layer = Layer(
-        samples=rows.samples // 2 if forked else rows.samples, positions=rows.positions,
-        position_major=rows.position_major, num_heads=options.num_heads, activation=options.activation,
-        norm_first=options.norm_first, eps=options.eps, threshold=drop_threshold(options.dropout_p),
-        fork="input" if forked else "plain" if other is not None else "" if plain is None else "x",
-        compute=compute, norm=norm_dtype(x, torch.promote_types(x.dtype, compute)), batch=batch,
-    )  # fmt: skip
+    norm = x.dtype if compute == x.dtype else torch.promote_types(x.dtype, compute)
+    make = _layer.__wrapped__ if torch.compiler.is_compiling() else _layer
+    layer = make(rows, options, fork, compute, norm_dtype(x, norm))
+    layer = layer if batch is None else layer._replace(batch=batch)
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
-    x_rows, other, *given = distinct(matrix.reshape(rows.total(), -1), other, *tensors)
+    x_rows, other, *given = distinct(matrix, other, *tensors)
     return from_rows(_EncoderLayer.apply(x_rows, other, seed, layer, *given), rows, x.shape)
+
+
+@lru_cache(maxsize=1024)
+def _layer(rows: Rows, options: LayerOptions, fork: str, compute: torch.dtype, norm: torch.dtype) -> Layer:
+    return Layer(
+        samples=rows.samples // 2 if fork == "input" else rows.samples, positions=rows.positions,
+        position_major=rows.position_major, num_heads=options.num_heads, activation=options.activation,
+        norm_first=options.norm_first, eps=options.eps, threshold=drop_threshold(options.dropout_p), fork=fork,
+        compute=compute, norm=norm,
+    )  # fmt: skip

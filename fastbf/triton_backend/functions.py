@@ -63,15 +63,17 @@ def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors, contiguous."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return tuple([None if t is None else t.contiguous() for t in tensors])  # a list is quicker than a generator
 
 
 def in_memory_order(x: Tensor) -> tuple[Tensor, Rows]:
-    """x (N, …, C) as (N, L, C) or (L, N, C), contiguous, whichever is its order in memory, and its rows."""
+    """x (N, …, C) as a matrix [R, C] of its (N, L, C) or (L, N, C), whichever is its order in memory, and its rows."""
     samples, channels = x.shape[0], x.shape[-1]
+    if x.dim() == 2:
+        return x.contiguous(), Rows(samples, 1, False)
     x = x.reshape(samples, -1, channels)
-    position_major = not x.is_contiguous() and x.stride(0) < x.stride(1)
-    return (x.transpose(0, 1) if position_major else x).contiguous(), Rows(samples, x.shape[1], position_major)
+    rows = Rows(samples, x.shape[1], not x.is_contiguous() and x.stride(0) < x.stride(1))
+    return (x.transpose(0, 1) if rows.position_major else x).contiguous().view(rows.total(), channels), rows
 
 
 def as_rows(x: Tensor, rows: Rows) -> Tensor:
@@ -82,6 +84,8 @@ def as_rows(x: Tensor, rows: Rows) -> Tensor:
 
 def from_rows(matrix: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
     """A matrix in the order of ``rows`` → (N, …, C), or a fork (2N, …, C); a view where … is one dimension."""
+    if len(shape) == 2:
+        return matrix
     if not rows.position_major:
         return matrix.view(-1, *shape[1:])
     return matrix.view(rows.positions, -1, shape[-1]).transpose(0, 1).reshape(-1, *shape[1:])

@@ -1,0 +1,394 @@
+"""Allocations, products and launches of a call, noted once and then run as straight-line code.
+
+What a direction of an autograd Function does between its tensors (tiles, strides, flags, which kernels) follows from
+shapes, strides, dtypes and numbers alone: its signature. The second call of a signature runs as written, under a
+dispatch mode that notes every operator of PyTorch and every launch. From the third on the same operators and launches
+run from generated code, in which all else is a constant: a launch's pointers are addresses plus numbers, and a view
+exists only where an operator reads it. The results are the same to the last bit, for less than half the host's time.
+
+A call that a tape cannot hold, or does not fit, runs as written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbf.kernels.launch import Launched, noted, stream_for
+from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast
+
+aten, _matmul = torch.ops.aten, torch.backends.cuda.matmul
+
+#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 20 KB.
+MOST_TAPES, MOST_SEEN = 512, 4096
+
+Results = Sequence[Tensor | None]
+#: A function of a stream and the tensors; it returns None for tensors that it does not fit.
+Tape = Callable[..., Results | None]
+_tapes: dict[tuple[Any, ...] | None, tuple[Tape, ...]] = {}
+_held: deque[tuple[tuple[Any, ...], Tape]] = deque()
+_seen: dict[tuple[Any, ...], int] = {}
+_lock = Lock()
+
+
+def forget() -> None:
+    """Forgets every tape. Whoever exchanges launches or kernels does so before and after."""
+    with _lock:
+        _tapes.clear()
+        _held.clear()
+        _seen.clear()
+
+
+def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
+    """The results of a call, by a tape of it; None if there is none.
+
+    Args:
+        what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
+        tensors: all that it reads, on the device of the first, which is not None.
+    """
+    if what not in _tapes or torch.compiler.is_compiling():
+        return None
+    first: Any = tensors[0]
+    stream = stream_for(first.device)
+    if stream is None:
+        return None
+    with no_autocast(first):
+        for tape in _tapes.get(what, ()):
+            made = tape(stream, *tensors)
+            if made is not None:
+                return made
+    return None
+
+
+@contextmanager
+def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Iterator[list[Any]]:
+    """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
+
+    The second call of a signature is noted. A batch of another size often comes once.
+    """
+    results: list[Any] = []
+    if what is None or torch.compiler.is_compiling() or not _is_second(what, tensors):
+        yield results
+        return
+    recorder = _Recorder(tensors)
+    with recorder, noted(recorder.launched):
+        yield results
+    with suppress(_Unrecordable):
+        _hold(what, recorder.tape(results))
+
+
+def _is_second(what: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the call is the second of its signature, and one that a tape may hold."""
+    first: Any = tensors[0]
+    of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+    given = [t for t in tensors if t is not None]
+    distinct = len({id(t) for t in given}) == len(given)
+    key = (*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)
+    with _lock:
+        before = _seen.get(key, 0)
+        _seen[key] = before + 1
+        while len(_seen) > MOST_SEEN:
+            del _seen[next(iter(_seen))]
+    aligned = not any(t.data_ptr() % 16 for t in given)
+    return before == 1 and distinct and aligned and stream_for(first.device) is not None
+
+
+def _hold(what: tuple[Any, ...], tape: Tape) -> None:
+    with _lock:
+        _tapes[what] = *_tapes.get(what, ()), tape
+        _held.append((what, tape))
+        if len(_held) > MOST_TAPES:
+            oldest, gone = _held.popleft()
+            _tapes[oldest] = tuple(t for t in _tapes[oldest] if t is not gone)
+            if not _tapes[oldest]:
+                del _tapes[oldest]
+
+
+class _Unrecordable(Exception):
+    """A tape does not hold it."""
+
+
+class _Base(NamedTuple):
+    """A tensor that has a name: an input, or what an operator made."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    address: int
+
+
+class _Step(NamedTuple):
+    """A line, and the name that it makes."""
+
+    code: str
+    makes: str = ""
+
+
+_NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
+
+
+class _Recorder(DispatchMode):  # type: ignore[misc]
+    """Notes what happens under it, as lines of Python."""
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.environment: dict[str, object] = {}
+        self.steps: list[_Step | None] = []
+        self.owners: dict[int, tuple[_Base, Tensor]] = {}  # by a tensor's id; keeping it keeps the id
+        self.fresh: dict[str, int] = {}  # the step that allocates what nothing has read or written yet
+        self.views: dict[tuple[Any, ...], str] = {}
+        self.splits: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}  # by what is split
+        self.failure = ""
+        self.paused = False
+        self.count = 0
+        self.inputs = {f"x{i}": t for i, t in enumerate(inputs)}
+        for name, t in self.inputs.items():
+            if t is not None:
+                self._name(t, name)
+
+    def __torch_dispatch__(
+        self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.paused and not self.failure:
+            try:
+                self._note(func, args, kwargs, result)
+            except _Unrecordable as error:
+                self.failure = str(error)
+        return result
+
+    def launched(self, launch: Launched) -> None:
+        """Notes a launch; makes it in Triton's interpreter, whose own work with PyTorch is not noted."""
+        if launch.interpret is not None:
+            self.paused = True
+            try:
+                launch.interpret(*launch.tensors)
+            finally:
+                self.paused = False
+        if not self.failure:
+            try:
+                self.steps.append(_Step(self._launch(launch)))
+            except _Unrecordable as error:
+                self.failure = str(error)
+
+    def _launch(self, launch: Launched) -> str:
+        if launch.compiled is None:
+            return f"{self._constant(launch.interpret)}({', '.join(map(self._read, launch.tensors))})"
+        compiled, pointers = launch.compiled, ", ".join(map(self._pointer, launch.tensors))
+        run, function = self._constant(compiled.run), self._constant(compiled.function)
+        metadata, values = self._constant(compiled.packed_metadata), self._constant(launch.values)
+        return (
+            f"{run}({launch.programs}, 1, 1, stream, {function}, {metadata}, None, None, None, {pointers}, *{values})"
+        )
+
+    # Names
+
+    def _constant(self, value: object) -> str:
+        name = f"c{len(self.environment)}"
+        self.environment[name] = value
+        return name
+
+    def _callable(self, function: Callable[..., Any]) -> str:
+        found = next((name for name, value in self.environment.items() if value is function), None)
+        return found or self._constant(function)
+
+    def _new(self) -> str:
+        self.count += 1
+        return f"t{self.count}"
+
+    def _name(self, t: Tensor, name: str) -> str:
+        base = _Base(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr())
+        self.owners[id(t)] = base, t
+        return name
+
+    def _owner(self, t: Tensor) -> _Base:
+        if id(t) not in self.owners:
+            raise _Unrecordable("a tensor that is neither an input nor made here")
+        return self.owners[id(t)][0]
+
+    @staticmethod
+    def _geometry(base: _Base, t: Tensor) -> tuple[Any, ...]:
+        return base.name, tuple(t.shape), t.stride(), t.storage_offset()
+
+    def _is_whole(self, t: Tensor) -> bool:
+        base = self._owner(t)
+        return self._geometry(base, t) == (base.name, base.shape, base.stride, base.offset)
+
+    def _pointer(self, t: Tensor) -> str:
+        base = self._owner(t)
+        self.fresh.pop(base.name, None)
+        distance = t.data_ptr() - base.address
+        return f"p_{base.name}" + (f" + {distance}" if distance else "")
+
+    def _read(self, t: Tensor) -> str:
+        """An expression for a tensor that an operator reads or writes."""
+        base = self._owner(t)
+        self.fresh.pop(base.name, None)
+        return self._view(base, t)
+
+    def _view(self, base: _Base, t: Tensor) -> str:
+        if t.dtype != base.dtype:
+            raise _Unrecordable("a view of another dtype")
+        if self._is_whole(t):
+            return base.name
+        shape, stride, offset = tuple(t.shape), t.stride(), t.storage_offset()
+        if len(shape) == 2 and (shape[::-1], stride[::-1], offset) == (base.shape, base.stride, base.offset):
+            return f"{base.name}.t()"
+        key = self._geometry(base, t)
+        call, parts = self.splits.pop(base.name, ("", ()))
+        if key in parts:
+            names = [self.views.setdefault(part, self._new()) for part in parts]
+            self.steps.append(_Step(f"{', '.join(names)}, = {call}"))
+        elif key not in self.views:
+            where = f"{base.name}.storage_offset() + {offset - base.offset}" if base.name[0] == "x" else str(offset)
+            name = self.views[key] = self._new()
+            self.steps.append(_Step(f"{name} = {base.name}.as_strided({shape}, {stride}, {where})", name))
+        return self.views[key]
+
+    # Operators
+
+    def _note(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func is aten.promote_types.default:  # its result is a dtype, of dtypes
+            return
+        if func.is_view:
+            base = self._owner(args[0])
+            several = isinstance(result, list | tuple)
+            for view in result if several else [result]:
+                self.owners[id(view)] = base, view
+            if several and func in _CALLS and self._is_whole(args[0]):  # one call instead of a view each
+                rest = ", ".join(map(repr, args[1:]))
+                call = f"{self._callable(_CALLS[func])}({base.name}, {rest})"
+                self.splits[base.name] = call, [self._geometry(base, view) for view in result]
+            return
+        if func is aten.empty.memory_format and result.is_contiguous():
+            name = self._name(result, self._new())
+            self.fresh[name] = len(self.steps)
+            # Of PyTorch's ways to allocate the quickest.
+            size, options = f"{tuple(result.shape)}, {result.stride()}", (result.dtype, result.device)
+            dtype, device = map(self._constant, options)
+            code = f"{name} = {self._callable(torch.empty_strided)}({size}, dtype={dtype}, device={device})"
+            self.steps.append(_Step(code, name))
+            return
+        if func in _PRODUCTS_INTO and self._allocates(kwargs["out"]):
+            return self._product(func, args, kwargs["out"])
+        code = self._call(func, args, kwargs)
+        if any(result is a for a in (*args, *kwargs.values())) or result is None:
+            self.steps.append(_Step(code))
+        elif isinstance(result, Tensor):
+            name = self._name(result, self._new())
+            self.steps.append(_Step(f"{name} = {code}", name))
+        else:
+            raise _Unrecordable(f"the results of {func}")
+
+    def _call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        call: Callable[..., Any] = _CALLS.get(func, func)
+        if func in _WITH_DTYPE:  # which PyTorch's own functions take by name
+            args, kwargs = args[:-1], {**kwargs, "out_dtype": args[-1]}
+        if func is CAST and kwargs.keys() != {"dtype"}:
+            call = func
+        given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
+        return f"{self._callable(call)}({', '.join(given)})"
+
+    def _argument(self, a: Any) -> str:
+        if isinstance(a, Tensor):
+            return self._read(a)
+        if isinstance(a, list | tuple) and any(isinstance(item, Tensor) for item in a):
+            return f"[{', '.join(map(self._argument, a))}]"
+        return repr(a) if isinstance(a, int | None) else self._constant(a)
+
+    def _allocates(self, out: Tensor) -> bool:
+        """Whether a product may allocate what it writes to: nothing has seen that yet, and it is whole."""
+        return self._is_whole(out) and self._owner(out).name in self.fresh
+
+    def _product(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> None:
+        name = self._owner(out).name
+        self.steps[self.fresh.pop(name)] = None
+        factors = [self._read(a) for a in args]
+        if func is aten.addmm.out and factors[2].endswith(".t()"):
+            bias, x, weight = factors
+            code = f"{self._callable(F.linear)}({x}, {weight.removesuffix('.t()')}, {bias})"
+        else:
+            code = f"{self._callable(_CALLS[func])}({', '.join(factors)})"
+        code = f"{name} = {code}"
+        self.steps.append(_Step(code, name))
+
+    # The tape
+
+    def tape(self, results: Results) -> Tape:
+        """The tape of what was noted."""
+        if self.failure:
+            raise _Unrecordable(self.failure)
+        returned = ", ".join("None" if t is None else self._read(t) for t in results)
+        steps = [step for step in self.steps if step is not None]
+        addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
+        lines = [f"if not ({' and '.join(self._guards())}): return None"]
+        pointers = [name for name in self.inputs if name in addressed]
+        lines += [f"p_{name} = {name}.data_ptr()" for name in pointers]
+        lines += [f"if ({' | '.join(f'p_{name}' for name in pointers)}) & 15: return None"] * bool(pointers)
+        last = {name: i for i, step in enumerate(steps) for name in _names(step.code)}
+        kept = _names(returned) | self.inputs.keys()
+        for i, step in enumerate(steps):
+            lines.append(step.code)
+            if step.makes in addressed:
+                lines.append(f"p_{step.makes} = {step.makes}.data_ptr()")
+            if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
+                lines.append(f"del {', '.join(dead)}")
+        lines.append(f"return ({returned},)")
+        source = f"def tape(stream, {', '.join(self.inputs)}):\n    " + "\n    ".join(lines)
+        scope = dict(self.environment)
+        exec(compile(source, "<fastbf tape>", "exec"), scope)
+        tape: Any = scope["tape"]
+        tape.source = source
+        return tape
+
+    def _guards(self) -> Iterator[str]:
+        """Conditions for tensors of the geometry that was noted."""
+        device = next(t.device for t in self.inputs.values() if t is not None)
+        yield f"x0.device == {self._constant(device)}"
+        if device.type == "cuda":  # attention in fp32 goes by it, products see for themselves
+            yield f"{self._constant(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
+        for name, t in self.inputs.items():
+            if t is None:
+                yield f"{name} is None"
+            else:
+                shape, stride = self._constant(t.shape), self._constant(t.stride())
+                yield f"{name} is not None and {name}.shape == {shape} and {name}.stride() == {stride}"
+                yield f"{name}.dtype is {self._constant(t.dtype)}"
+
+
+def _names(code: str) -> set[str]:
+    return {m[1] for m in _NAME.finditer(code)}
+
+
+#: Quicker ways to call operators than by their overloads.
+_CALLS: dict[Operator, Callable[..., Any]] = {
+    aten.mm.default: torch.mm,
+    aten.mm.out: torch.mm,
+    aten.mm.dtype: torch.mm,
+    aten.mm.dtype_out: torch.mm,
+    aten.addmm.default: torch.addmm,
+    aten.addmm.out: torch.addmm,
+    aten.addmm.dtype: torch.addmm,
+    aten.addmm.dtype_out: torch.addmm,
+    aten.addmm_.default: Tensor.addmm_,
+    aten.copy_.default: Tensor.copy_,
+    aten.add_.Tensor: Tensor.add_,
+    aten.sum.dim_IntList: torch.sum,
+    aten.sum.IntList_out: torch.sum,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    CAST: Tensor.to,
+    COPY_ALL: copy_all,
+}
+_WITH_DTYPE = (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out)
+_PRODUCTS_INTO = (aten.mm.out, aten.addmm.out)
