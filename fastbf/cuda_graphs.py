@@ -67,6 +67,11 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
     return module
 
 
+def is_graphed(module: nn.Module) -> bool:
+    """Whether :func:`make_graphed` replaced the module's ``forward``; ``del module.forward`` undoes that."""
+    return isinstance(vars(module).get("forward"), _Graphed)
+
+
 class _Graphed:
     """The captured callable, its inputs, and what a call must have in common with the captured one."""
 
