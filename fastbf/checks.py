@@ -39,6 +39,14 @@ def floating(name: str, x: object) -> Tensor:
     return x
 
 
+def dense(name: str, x: Tensor) -> Tensor:
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it, torch.nested.to_padded_tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: convert it, {name}.to_dense()")
+    return x
+
+
 def min_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
     if x.dim() < rank:
         raise ValueError(f"{name} must be {layout} with at least {rank} dimensions, got shape {tuple(x.shape)}")
@@ -59,6 +67,19 @@ def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> Non
     for other, y in others.items():
         if y is not None and y.dtype != x.dtype:
             raise TypeError(f"{other} must have the dtype of {name}, {x.dtype}, got {y.dtype}")
+
+
+def dtype_of_weights(name: str, x: Tensor, weights: Mapping[str, Tensor | None]) -> None:
+    """Checks that x and the weights have one dtype, as they must where autocast is off."""
+    dtypes = {w.dtype for w in weights.values() if w is not None}
+    if len(dtypes) > 1:
+        same_dtype(name, x, weights)
+    elif dtypes and x.dtype not in dtypes:
+        dtype = dtypes.pop()
+        raise TypeError(
+            f"{name} must have the dtype of the weights, {dtype}, got {x.dtype}: use torch.autocast, or cast one of "
+            f"them, {name}.to({dtype})"
+        )
 
 
 def _number(name: str, value: object) -> float:
@@ -185,8 +206,8 @@ def _key(x: Tensor, tensors: Sequence[Tensor | None], *others: object) -> tuple[
         return None
     try:
         size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        return (len(size) > 1, size[-1], x.dtype, x.device, autocast_dtype(x) is None, *others, *of_tensors)
-    except (AttributeError, IndexError):  # not all of them are tensors
+        return (len(size) > 1, size[-1], x.dtype, x.device, x.layout, autocast_dtype(x) is None, *others, *of_tensors)
+    except (AttributeError, IndexError, RuntimeError):  # not all of them are tensors, or one is nested
         return None
 
 
@@ -195,7 +216,7 @@ def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     key = _key(x, weights, type(num_heads), num_heads)
     if key in _checked:
         return
-    floating("x", x)
+    dense("x", floating("x", x))
     min_rank("x", x, 2, "(N, …, C)")
     channels, fields = x.shape[-1], weights._asdict()
     heads("the width of x", channels, "num_heads", num_heads)
@@ -212,7 +233,7 @@ def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
         shape(bias, fields[bias], (rows,))
     same_device("x", x, fields)
     if autocast_dtype(x) is None:
-        same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
+        dtype_of_weights("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
     if key is not None:
         _checked.add(key)
 
@@ -224,7 +245,7 @@ def classifier(
     key = _key(input, (linear_weight, linear_bias, weight, logit_bias))
     if key in _checked:
         return
-    floating("input", input)
+    dense("input", floating("input", input))
     min_rank("input", input, 2, "(M, …, C)")
     min_rank("linear_weight", floating("linear_weight", linear_weight), 2, "(K, C)")
     num_classes = linear_weight.shape[0]
@@ -235,7 +256,7 @@ def classifier(
             shape(name, floating(name, t), (num_classes,))
     same_device("input", input, {"linear_weight": linear_weight, **per_class})
     if autocast_dtype(input) is None:
-        same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+        dtype_of_weights("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     positive("the number of classes, linear_weight.shape[0],", num_classes)
     if key is not None:
         _checked.add(key)

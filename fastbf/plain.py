@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from itertools import takewhile
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def _to_linear(classifier: SharedClassifier, folded: dict[tuple[int, float], tup
     scale, computed = classifier.scale, parametrize.is_parametrized(classifier)
     for name, t in _values(classifier):
         if computed and parametrize.is_parametrized(classifier, name):
-            parametrization = classifier.parametrizations[name]
+            parametrization: Any = cast(Any, classifier.parametrizations)[name]
             trained = any(p.requires_grad for p in parametrization.parameters())
             if parametrization.is_tensor:  # torch writes into the original
                 parametrization.original = nn.Parameter(parametrization.original.detach().clone(), trained)
