@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastbf import checks
+from fastbf.modules import SharedClassifier
 
 #: What ``torch.compile``, FSDP and activation checkpointing call the module that they wrap.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -30,14 +33,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, *, buffer
 
     Raises:
         TypeError: not modules, or decay is not a number.
-        ValueError: a name of ``average`` is missing in ``model``, shapes differ, parameters are tied in ``average``
-            only, or decay is outside [0, 1]. Nothing was changed then.
+        ValueError: a name of ``average`` is missing in ``model``, shapes or scales of classifiers differ, parameters
+            are tied in ``average`` only, or decay is outside [0, 1]. Nothing was changed then.
     """
     for argument, module in (("average", average), ("model", model)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{argument} must be a torch.nn.Module, got {type(module).__name__}")
     decay = checks.probability("decay", decay)
     parameters = _pairs(average, model, "named_parameters")
+    _check_scales(average, model)
     held = _pairs(average, model, "named_buffers") if buffers else []
     if decay == 1:
         return
@@ -86,8 +90,8 @@ def _pairs(average: nn.Module, model: nn.Module, kind: str) -> list[tuple[Tensor
     return list(pairs.values())
 
 
-def _named(module: nn.Module, kind: str) -> dict[str, Tensor]:
-    """Tensors by their names without those of wrappers; one with two names has both."""
+def _named(module: nn.Module, kind: str) -> dict[str, Any]:
+    """What the method ``kind`` names, without the names of wrappers; one thing with two names has both."""
     while isinstance(module, AveragedModel):
         module = module.module
     wrapped = []
@@ -96,12 +100,25 @@ def _named(module: nn.Module, kind: str) -> dict[str, Tensor]:
             wrapped.append(path)
         if isinstance(m, DataParallel | DistributedDataParallel):
             wrapped.append(f"{path}.module".removeprefix("."))
-    found: dict[str, Tensor] = dict(getattr(module, kind)(remove_duplicate=False))
+    found = dict(getattr(module, kind)(remove_duplicate=False))
     for path in sorted(wrapped, key=len, reverse=True):  # inner ones first
         outside = path.rpartition(".")[0]
         outside += "." if outside else ""
-        found = {
-            outside + name.removeprefix(f"{path}.") if name.startswith(f"{path}.") else name: t
-            for name, t in found.items()
+        found = {  # of two modules of one name, the wrapper and what is in it, the latter
+            (outside + f"{name}."[len(path) + 1 :]).rstrip(".") if f"{name}.".startswith(f"{path}.") else name: thing
+            for name, thing in found.items()
         }
     return found
+
+
+def _check_scales(average: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError where weights of the same name mean something else: ``strip(plain=True)`` folds scales in."""
+    theirs = _named(model, "named_modules")
+    for name, m in _named(average, "named_modules").items():
+        other = theirs.get(name)
+        either = isinstance(m, SharedClassifier) or isinstance(other, SharedClassifier)
+        if either and getattr(m, "scale", 1) != getattr(other, "scale", 1):
+            raise ValueError(
+                f"{name or 'the module itself'} must have the same scale in average and model, got "
+                f"{getattr(m, 'scale', 1)} and {getattr(other, 'scale', 1)}: strip(plain=True) folds it into the weight"
+            )

@@ -171,6 +171,27 @@ def test_nothing_changes_where_something_does_not_fit():
     torch.testing.assert_close(average.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, nn.DataParallel])
+def test_a_folded_scale_is_refused(wrap):
+    model = nn.Sequential(nn.Linear(4, 4), fastbf.SharedClassifier(4, 3, scale=2.0))
+    average = fastbf.strip(copy.deepcopy(model), plain=True)
+    with pytest.raises(ValueError, match=r"1 must have the same scale in average and model, got 1 and 2\.0"):
+        fastbf.update_average(average, wrap(model), 0.5)
+    fastbf.update_average(fastbf.strip(copy.deepcopy(model)), wrap(model), 0.5)
+    model[1].scale = 1.0
+    fastbf.update_average(average, wrap(model), 0.5)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_folded_scale_of_a_wrapped_classifier_is_refused(wrap):
+    model = nn.Sequential(nn.Linear(4, 4), fastbf.SharedClassifier(4, 3, scale=2.0))
+    average, plain = fastbf.strip(copy.deepcopy(model)), fastbf.strip(copy.deepcopy(model), plain=True)
+    model[1] = wrap(model[1])
+    fastbf.update_average(average, model, 0.5)
+    with pytest.raises(ValueError, match=r"1 must have the same scale in average and model, got 1 and 2\.0"):
+        fastbf.update_average(plain, model, 0.5)
+
+
 def test_a_copy_that_is_not_stripped_needs_the_model_s_batchformer():
     model = Net()
     average = copy.deepcopy(model)
