@@ -171,6 +171,18 @@ def test_parametrizations_are_computed(norm, training, scale):
     torch.testing.assert_close(model.eval()(X), before)
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + 1 if self.training else x
+
+
+def test_parametrizations_act_as_in_evaluation():
+    model = network(scale=2.0)
+    parametrize.register_parametrization(model[4], "weight", Noisy())
+    before = model.eval()(X)
+    torch.testing.assert_close(plain(model.train()).eval()(X), before)
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
