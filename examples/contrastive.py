@@ -78,14 +78,6 @@ def info_nce(queries: Tensor, keys: Tensor) -> Tensor:
     return linear_cross_entropy(F.normalize(queries), F.normalize(keys), target, scale=1 / TEMPERATURE)
 
 
-@torch.no_grad()
-def follow(keys: nn.Module, encoder: nn.Module, momentum: float) -> None:
-    """The momentum encoder takes a step towards the trained one, by name: it has no BatchFormer."""
-    trained = dict(encoder.named_parameters())
-    for name, parameter in keys.named_parameters():
-        parameter.lerp_(trained[name], 1 - momentum)
-
-
 def augment(images: Tensor, random: torch.Generator) -> Tensor:
     """A view of every image: turned, scaled, shifted by up to a pixel, of another contrast, noisy."""
     turn, zoom, right, down, contrast = 2 * torch.rand(5, len(images), generator=random) - 1
@@ -124,7 +116,8 @@ def pretrain(run: Run, epochs: int, device: torch.device) -> Encoder:
             batches = torch.randperm(len(images), generator=random).to(device).split(BATCH)
         batch = images[batches[step % per_epoch]]
         views = augment(batch, random), augment(batch, random)
-        follow(keys, encoder, 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * step / steps)) / 2)
+        momentum = 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * step / steps)) / 2
+        fastbf.update_average(keys, encoder, momentum)  # by name: the keys' encoder has no BatchFormer
         with torch.no_grad():
             keys_1, keys_2 = (keys(view) for view in views)
         queries_1, queries_2 = (predictor(encoder(view)) for view in views)

@@ -1,6 +1,7 @@
 """fastbf: BatchFormer at speed. See README.md; importing this needs no GPU and does not import triton."""
 
 from fastbf import distributed, functional
+from fastbf.averaging import update_average
 from fastbf.backend import explain
 from fastbf.cuda_graphs import make_graphed
 from fastbf.modules import BatchFormer, BatchFormerLayer, SharedClassifier
@@ -18,4 +19,5 @@ __all__ = [
     "functional",
     "make_graphed",
     "strip",
+    "update_average",
 ]

@@ -39,6 +39,14 @@ def floating(name: str, x: object) -> Tensor:
     return x
 
 
+def dense(name: str, x: Tensor) -> Tensor:
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it, torch.nested.to_padded_tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: convert it, {name}.to_dense()")
+    return x
+
+
 def min_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
     if x.dim() < rank:
         raise ValueError(f"{name} must be {layout} with at least {rank} dimensions, got shape {tuple(x.shape)}")
@@ -59,6 +67,19 @@ def same_dtype(name: str, x: Tensor, others: Mapping[str, Tensor | None]) -> Non
     for other, y in others.items():
         if y is not None and y.dtype != x.dtype:
             raise TypeError(f"{other} must have the dtype of {name}, {x.dtype}, got {y.dtype}")
+
+
+def dtype_of_weights(name: str, x: Tensor, weights: Mapping[str, Tensor | None]) -> None:
+    """Checks that x and the weights have one dtype, as they must where autocast is off."""
+    dtypes = {w.dtype for w in weights.values() if w is not None}
+    if len(dtypes) > 1:
+        same_dtype(name, x, weights)
+    elif dtypes and x.dtype not in dtypes:
+        dtype = dtypes.pop()
+        raise TypeError(
+            f"{name} must have the dtype of the weights, {dtype}, got {x.dtype}: use torch.autocast, or cast one of "
+            f"them, {name}.to({dtype})"
+        )
 
 
 def _number(name: str, value: object) -> float:
@@ -182,7 +203,7 @@ def class_indices(target: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
     """Checks that the tensors of an encoder layer fit each other."""
-    floating("x", x)
+    dense("x", floating("x", x))
     min_rank("x", x, 2, "(N, …, C)")
     channels, fields = x.shape[-1], weights._asdict()
     heads("the width of x", channels, "num_heads", num_heads)
@@ -199,14 +220,14 @@ def layer(x: Tensor, weights: LayerWeights, num_heads: int) -> None:
         shape(bias, fields[bias], (rows,))
     same_device("x", x, fields)
     if autocast_dtype(x) is None:
-        same_dtype("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
+        dtype_of_weights("x", x, {name: w for name, w in fields.items() if not name.startswith("norm")})
 
 
 def classifier(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None
 ) -> None:
     """Checks that the tensors of a classifier fit its input and each other."""
-    floating("input", input)
+    dense("input", floating("input", input))
     min_rank("input", input, 2, "(M, …, C)")
     min_rank("linear_weight", floating("linear_weight", linear_weight), 2, "(K, C)")
     num_classes = linear_weight.shape[0]
@@ -217,5 +238,5 @@ def classifier(
             shape(name, floating(name, t), (num_classes,))
     same_device("input", input, {"linear_weight": linear_weight, **per_class})
     if autocast_dtype(input) is None:
-        same_dtype("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
+        dtype_of_weights("input", input, {"linear_weight": linear_weight, "linear_bias": linear_bias})
     positive("the number of classes, linear_weight.shape[0],", num_classes)

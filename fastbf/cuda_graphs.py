@@ -43,7 +43,7 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
         The graphed callable; on CPU, the callable unchanged.
 
     Raises:
-        TypeError: sample arguments or results that are not tensors.
+        TypeError: a callable that is none, or sample arguments or results that are not tensors.
         ValueError: no sample arguments, arguments or parameters on several devices, hooks on parameters or on modules
             inside, which would run at capture only; ``DistributedDataParallel`` inside, which must stay outside.
         RuntimeError: what PyTorch cannot capture (a wait for the device, such as ``.item()``); a backward that comes
@@ -51,6 +51,10 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
 
     Source: ``torch.cuda.make_graphed_callables``.
     """
+    if isinstance(callable, Tensor) or not hasattr(callable, "__call__"):  # noqa: B004  (the name is an argument's)
+        raise TypeError(f"callable must be a module or a function, got {type(callable).__name__}")
+    if not isinstance(sample_args, tuple | list):
+        raise TypeError(f"sample_args must be a tuple or a list of tensors, got {type(sample_args).__name__}")
     if not sample_args:
         raise ValueError("sample_args must hold at least one tensor, got none")
     named = {f"sample_args[{i}]": checks.tensor(f"sample_args[{i}]", x) for i, x in enumerate(sample_args)}
@@ -65,6 +69,11 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
         return graphed
     module.forward = graphed
     return module
+
+
+def is_graphed(module: nn.Module) -> bool:
+    """Whether :func:`make_graphed` replaced the module's ``forward``; ``del module.forward`` undoes that."""
+    return isinstance(vars(module).get("forward"), _Graphed)
 
 
 class _Graphed:

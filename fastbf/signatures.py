@@ -31,8 +31,8 @@ def signature(x: Tensor, tensors: Sequence[Tensor | None], *others: Any) -> Sign
         return None
     try:
         size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        of_x = len(size), 0 in size, size[-1], x.dtype, x.device, type(x), x.is_nested
-    except (AttributeError, IndexError):  # not all of them are tensors
+        of_x = len(size), 0 in size, size[-1], x.dtype, x.device, x.layout, type(x)
+    except (AttributeError, IndexError, RuntimeError):  # not all of them are tensors, or one is nested
         return None
     return (of_x, autocast_dtype(x), transformed(), *others, *of_tensors)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastbf.modules import BatchFormer, BatchFormerLayer
+from fastbf.plain import make_plain
 
 
 class PassThrough(nn.Module):
@@ -26,7 +29,8 @@ def convert(module: nn.Module) -> int:
     """Makes every ``nn.TransformerEncoderLayer`` in ``module``, itself included, a ``BatchFormerLayer``.
 
     The layers stay the same objects with the same Parameters, hooks and mode; only their class changes. So
-    optimizers keep working, and so does every reference to a layer. Subclasses of the layer are left alone.
+    optimizers keep working, and so does every reference to a layer. Subclasses of the layer are left alone, and so are
+    encoder layers of other classes. If there are only such, a UserWarning names their classes.
 
     Args:
         module: changed in place.
@@ -43,14 +47,55 @@ def convert(module: nn.Module) -> int:
         layer.__class__ = BatchFormerLayer
         assert isinstance(layer, BatchFormerLayer)  # for type checkers
         layer.backend, layer.process_group = "auto", None
+    if not layers and not any(type(m) is BatchFormerLayer for m in module.modules()):
+        _warn_of_others(module)
     return len(layers)
 
 
-def strip(module: nn.Module) -> nn.Module:
+def _warn_of_others(module: nn.Module) -> None:
+    """Names the classes of encoder layers that ``convert`` does not know, if there are any."""
+    counts = Counter(type(m) for m in module.modules() if _resembles_an_encoder_layer(m))
+    if not counts:
+        return
+    found = []
+    for cls, count in counts.items():
+        inherits = issubclass(cls, nn.TransformerEncoderLayer)
+        found.append(
+            f"{count} {cls.__module__}.{cls.__qualname__}, "
+            + ("which inherits from it and may do something else" if inherits else "which does not inherit from it")
+        )
+    warnings.warn(
+        f"convert found no torch.nn.TransformerEncoderLayer. It left alone: {'; '.join(found)}. Where such a layer has "
+        "that class's parameters and forward, make fastbf.BatchFormerLayer instead",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _resembles_an_encoder_layer(module: nn.Module) -> bool:
+    """Whether a module is an encoder layer by its class or its name, or has the parts of one."""
+    if isinstance(module, BatchFormer | BatchFormerLayer | nn.TransformerDecoderLayer):
+        return False
+    children = list(module.children())
+    attentions = sum(isinstance(child, nn.MultiheadAttention) for child in children)
+    norms = sum(isinstance(child, nn.LayerNorm) for child in children)
+    parts = attentions == 1 and norms >= 2
+    return isinstance(module, nn.TransformerEncoderLayer) or type(module).__name__.endswith("EncoderLayer") or parts
+
+
+def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     """Removes every ``BatchFormer`` for deployment. The evaluation output is unchanged; no parameter of theirs stays.
 
     Args:
         module: changed in place. Call ``.eval()`` on it as before any deployment.
+        plain: leave no type of fastbf, for ``torch.jit.script``, ``torch.ao.quantization.quantize_dynamic`` and pickles
+            of whole models that load where fastbf is not installed. An ``nn.Identity`` takes the place of a
+            BatchFormer, and takes no targets: a model that calls ``former(features, targets)`` needs
+            ``former(features)``. A SharedClassifier becomes an ``nn.Linear`` of the same name with the scale folded
+            into new Parameters, and parametrizations into weight and bias; class counts and ``loss`` are gone. A
+            BatchFormerLayer that stays becomes an ``nn.TransformerEncoderLayer``, as before :func:`convert`. These two
+            stay the same objects. What cannot be made plain, such as a subclass with a ``forward`` of its own, stays,
+            and a UserWarning says what and why.
 
     Returns:
         ``module``, or what replaces it if it is itself a BatchFormer.
@@ -59,10 +104,12 @@ def strip(module: nn.Module) -> nn.Module:
         TypeError: not a module.
     """
     _check_module(module)
-    if isinstance(module, BatchFormer):
-        return PassThrough().train(module.training)
+    removed = BatchFormer | PassThrough
+    empty = nn.Identity if plain else PassThrough
+    if isinstance(module, removed):
+        return empty().train(module.training)
     # A module with two names is replaced under both. In reverse order inner modules come first.
     for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
-        if isinstance(child, BatchFormer):
-            module.set_submodule(name, PassThrough().train(child.training))
-    return module
+        if isinstance(child, removed):
+            module.set_submodule(name, empty().train(child.training))
+    return make_plain(module) if plain else module

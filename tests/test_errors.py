@@ -1,10 +1,16 @@
 """Bad input: the error's type, and a message that names the argument and what is allowed."""
 
+import inspect
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fastbf
 from fastbf import functional
+from tests.triton_case import DEVICE
 
 X, Y = torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
 Q = torch.randn(6, 2, 4)
@@ -128,8 +134,8 @@ CASES = [
     (lambda: entropy(linear_bias=X[0]), ValueError, r"linear_bias must have shape \(3,\), got \(8,\)"),
     (lambda: entropy(weight=Y[:3]), TypeError, "weight must have a floating-point dtype"),
     (lambda: entropy(label_smoothing=1.1), ValueError, "label_smoothing must lie in"),
-    (lambda: entropy(w=X[:3].double()), TypeError, "linear_weight must have the dtype of input, torch.float32"),
-    (lambda: former()(X.double()), TypeError, "in_proj_weight must have the dtype of x, torch.float64"),
+    (lambda: entropy(w=X[:3].double()), TypeError, "input must have the dtype of the weights, torch.float64"),
+    (lambda: former()(X.double()), TypeError, "x must have the dtype of the weights, torch.float32, got torch.float64"),
     (lambda: entropy(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor"),
     (lambda: entropy(scale=float("inf")), ValueError, "scale must be finite, got inf"),
     (lambda: entropy(ignore_index="3"), TypeError, "ignore_index must be an int, got str"),
@@ -147,3 +153,287 @@ CASES = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def counts(values, count=3):
+    return lambda: fastbf.SharedClassifier(8, count, class_counts=values)
+
+
+def weights(values, count=3):
+    return lambda: fastbf.SharedClassifier(8, count, class_weight=values)
+
+
+IN_ORDER = r"must hold 3 numbers, one for each class in order, got"
+NUMBERS = [
+    (counts([1, float("nan"), 3]), ValueError, "class_counts must be finite, got nan for class 1"),
+    (counts([1, float("inf"), 3]), ValueError, "class_counts must be finite, got inf for class 1"),
+    (counts([1, -2, 3]), ValueError, "class_counts must not be negative, got -2.0 for class 1"),
+    (counts(torch.tensor([1, 2, float("nan")])), ValueError, "class_counts must be finite, got nan for class 2"),
+    (weights([1, float("nan"), 3]), ValueError, "class_weight must be finite, got nan for class 1"),
+    (counts("123"), TypeError, f"class_counts {IN_ORDER} str"),
+    (counts(b"123"), TypeError, f"class_counts {IN_ORDER} bytes"),
+    (counts(["1", "2", "3"]), TypeError, f"class_counts {IN_ORDER} str for class 0"),
+    (counts([1, None, 3]), TypeError, f"class_counts {IN_ORDER} NoneType for class 1"),
+    (counts([1, 2j, 3]), TypeError, f"class_counts {IN_ORDER} complex for class 1"),
+    (counts({1, 2, 3}), TypeError, f"class_counts {IN_ORDER} set"),
+    (counts(3), TypeError, f"class_counts {IN_ORDER} int"),
+    (counts([1, 2]), ValueError, r"class_counts must have shape \(3,\), got \(2,\)"),
+    (counts(n for n in range(4)), ValueError, r"class_counts must have shape \(3,\), got \(4,\)"),
+    (counts(np.ones((3, 1))), ValueError, r"class_counts must have shape \(3,\), got \(3, 1\)"),
+    (counts(np.float32(3)), TypeError, f"class_counts {IN_ORDER} float32"),
+    (counts(torch.ones(3, device="meta")), ValueError, "a tensor on the meta device, which holds none"),
+    (counts(Counter("abc")), TypeError, "class_counts must have the classes 0 to 2 as keys, got 'a'"),
+    (
+        counts(Counter(torch.tensor([0, 1]))),
+        TypeError,
+        r"class_counts must have the classes 0 to 2 as keys, got tensor",
+    ),
+    (counts({1: 1, 2: 2, 3: 3}), ValueError, "class_counts must have the classes 0 to 2 as keys, got 3"),
+    (counts({-1: 1}), ValueError, "class_counts must have the classes 0 to 2 as keys, got -1"),
+    (counts({0.0: 1}), TypeError, "class_counts must have the classes 0 to 2 as keys, got 0.0"),
+    (counts({True: 1}), TypeError, "class_counts must have the classes 0 to 2 as keys, got True"),
+    (counts({0: 1, 1: "2"}), TypeError, f"class_counts {IN_ORDER} str for class 1"),
+    (weights({0: 1.0, 2: 1.0}), ValueError, "class_weight must have all classes 0 to 2 as keys, got none for 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), NUMBERS)
+def test_numbers_of_classes(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+class Series:
+    """As of pandas: the index holds the classes, by descending counts in what ``value_counts`` gives."""
+
+    def __init__(self, index, values):
+        self.index, self.values, self.shape = index, values, (len(values),)
+
+    def keys(self):
+        return self.index
+
+    def tolist(self):
+        return self.values
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __getitem__(self, key):
+        return self.values[self.index.index(key)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (5, 3, 4),
+        (n for n in (5, 3, 4)),
+        range(5, 2, -1),
+        np.array([4, 3, 5])[::-1],
+        np.array([5.0, 3.0, 4.0], dtype=np.float16),
+        torch.tensor([4, 3, 5]).flip(0),
+        torch.tensor([5.0, 3.0, 4.0], requires_grad=True),
+        [torch.tensor(5), np.int64(3), 4.0],
+        {0: 5, 1: 3, 2: 4},
+        {2: 4, 1: 3, 0: 5},
+        {0: 5, 2: 4, 1: 3}.values(),
+        Counter([2] * 4 + [0] * 5 + [1] * 3),
+        {np.int64(2): 4, np.int64(0): 5, np.int64(1): 3},
+        Series([0, 2, 1], [5, 4, 3]),
+    ],
+)
+def test_numbers_of_classes_from_what_holds_them(values):
+    if isinstance(values, range):
+        wanted = torch.tensor([5.0, 4.0, 3.0])
+    else:
+        wanted = torch.tensor([5.0, 4.0, 3.0] if type(values) is type({}.values()) else [5.0, 3.0, 4.0])
+    torch.testing.assert_close(fastbf.SharedClassifier(8, 3, class_counts=values).log_prior, wanted.log())
+
+
+def test_a_class_that_a_counter_lacks_has_no_samples():
+    classifier = fastbf.SharedClassifier(8, 4, class_counts=Counter([1, 1, 3]))
+    torch.testing.assert_close(classifier.log_prior.exp(), torch.tensor([0.0, 2.0, 0.0, 1.0]))
+
+
+KEYWORDS = [
+    (fastbf.BatchFormer, "nhead", "num_heads"),
+    (fastbf.BatchFormer, "n_heads", "num_heads"),
+    (fastbf.BatchFormer, "num_head", "num_heads"),
+    (fastbf.BatchFormer, "d_model", "dim"),
+    (fastbf.BatchFormer, "embed_dim", "dim"),
+    (fastbf.BatchFormer, "batch_first", "batch_dim"),
+    (fastbf.BatchFormer, "dropout_p", "dropout"),
+    (fastbf.BatchFormer, "depth", "num_layers"),
+    (fastbf.BatchFormer, "eps", "layer_norm_eps"),
+    (fastbf.BatchFormer, "dim_feedfoward", "dim_feedforward"),
+    (fastbf.BatchFormer, "Backend", "backend"),
+    (fastbf.BatchFormerLayer, "num_heads", "nhead"),
+    (fastbf.BatchFormerLayer, "dim", "d_model"),
+    (fastbf.BatchFormerLayer, "pre_norm", "norm_first"),
+    (fastbf.BatchFormerLayer, "batch_fist", "batch_first"),
+    (fastbf.SharedClassifier, "class_weights", "class_weight"),
+    (fastbf.SharedClassifier, "weight", "class_weight"),
+    (fastbf.SharedClassifier, "cls_num_list", "class_counts"),
+    (fastbf.SharedClassifier, "n_classes", "num_classes"),
+    (fastbf.SharedClassifier, "smoothing", "label_smoothing"),
+    (fastbf.SharedClassifier, "dim", "in_features"),
+]
+
+
+@pytest.mark.parametrize("args", [(), (8, 4)])
+@pytest.mark.parametrize(("module", "given", "meant"), KEYWORDS)
+def test_keywords_of_other_libraries(module, given, meant, args):
+    message = rf"{module.__name__}\.__init__\(\) got an unexpected keyword argument '{given}': did you mean {meant}=\?"
+    with pytest.raises(TypeError, match=message):
+        module(*args, **{given: 3})
+
+
+def test_a_keyword_like_no_other():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'xyz': it takes dim, num_heads, dim_feedforward,"):
+        fastbf.BatchFormer(8, xyz=1)
+
+
+@pytest.mark.parametrize("module", [fastbf.BatchFormer, fastbf.BatchFormerLayer, fastbf.SharedClassifier])
+def test_signatures_are_those_of_the_constructors(module):
+    names = list(inspect.signature(module).parameters)
+    assert names[0] in ("dim", "d_model", "in_features")
+    assert {"backend", "device", "dtype"} < set(names)
+    own = type("Own", (module,), {"__init__": lambda self, **options: module.__init__(self, 8, 4, **options)})
+    assert own(backend="torch").backend == "torch"
+    with pytest.raises(TypeError, match=r"\.__init__\(\) got an unexpected keyword argument 'backnd': .* backend="):
+        own(backnd="torch")
+
+
+@pytest.mark.parametrize("make", [former, lambda **o: lambda x: fastbf.BatchFormerLayer(8, 4, **o)(x)])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, 3, None, int])
+def test_an_activation_that_is_not_a_callable_of_tensors(make, activation):
+    given = getattr(activation, "__name__", type(activation).__name__)
+    message = (
+        rf"activation must be 'relu', 'gelu' or a callable that takes a tensor, such as nn\.ReLU\(\), got .*{given}"
+    )
+    with pytest.raises(TypeError, match=message):
+        make(activation=activation)(X)
+
+
+BACKENDS = ["torch", "triton"]
+HALF = "must have the dtype of the weights, torch.float32, got torch.float16: use torch.autocast, or cast one of them"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["x", "mix", "src", "input", "features"])
+def test_features_of_another_dtype(name, backend):
+    x = X.half().to(DEVICE)
+    with torch.device(DEVICE):
+        former, layer = fastbf.BatchFormer(8, backend=backend), fastbf.BatchFormerLayer(8, 4, backend=backend)
+        classifier = fastbf.SharedClassifier(8, 3, backend=backend)
+    call = {
+        "x": lambda: former(x),
+        "mix": lambda: former.mix(x),
+        "src": lambda: layer(x),
+        "input": lambda: classifier.loss(x, Y.to(DEVICE)),
+        "features": lambda: classifier(x),
+    }[name]
+    with pytest.raises(TypeError, match=f"{'src' if name == 'mix' else name} {HALF}"):
+        call()
+
+
+def test_a_weight_of_another_dtype_than_the_others_is_named():
+    former = fastbf.BatchFormer(8)
+    former.layers[0].linear2.half()
+    with pytest.raises(TypeError, match=r"linear2_weight must have the dtype of x, torch\.float32, got torch\.float16"):
+        former(X)
+
+
+def test_features_of_the_weights_dtype_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastbf.BatchFormer(8)(X.bfloat16())
+        fastbf.SharedClassifier(8, 3).loss(out, Y).backward()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: torch.nested.nested_tensor([x[:2], x[2:]]), "must be a dense tensor, got a nested one: pad it"),
+        (lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged), "must be a dense tensor, got a nested one"),
+        (lambda x: x.to_sparse(), "must be a dense tensor, got one of layout torch.sparse_coo: convert it"),
+        (lambda x: x.to_sparse_csr(), "must be a dense tensor, got one of layout torch.sparse_csr"),
+    ],
+)
+def test_features_that_are_not_dense(change, message, backend):
+    with torch.device(DEVICE):
+        former = fastbf.BatchFormer(32, backend=backend)
+        classifier = fastbf.SharedClassifier(32, 3, backend=backend)
+        x, y = torch.randn(6, 32), torch.zeros(6, dtype=torch.long)
+    weights = former.layers[0]._weights()
+    calls = (
+        former,
+        former.mix,
+        classifier,
+        lambda x: classifier.loss(x, y),
+        lambda x: functional.linear_cross_entropy(x, classifier.weight, y, backend=backend),
+        lambda x: functional.encoder_layer(x, *weights, num_heads=4, backend=backend),
+    )
+    for call in calls:
+        call(x)  # what passed is remembered
+        with pytest.raises(TypeError, match=message):
+            call(change(x))
+
+
+def test_a_sparse_input_of_a_layer():
+    with pytest.raises(TypeError, match=r"src must be a dense tensor, got one of layout torch\.sparse_coo"):
+        layer(X.to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((nn.Linear(8, 8), X), "sample_args must be a tuple or a list of tensors, got Tensor"),
+        ((nn.Linear(8, 8), {"x": X}), "sample_args must be a tuple or a list of tensors, got dict"),
+        ((nn.Linear(8, 8), (x for x in [X])), "sample_args must be a tuple or a list of tensors, got generator"),
+        ((nn.Linear(8, 8), None), "sample_args must be a tuple or a list of tensors, got NoneType"),
+        ((nn.Linear(8, 8), (X, 3)), r"sample_args\[1\] must be a torch\.Tensor, got int"),
+        (((X,), nn.Linear(8, 8)), "callable must be a module or a function, got tuple"),
+        ((X, (X,)), "callable must be a module or a function, got Tensor"),
+    ],
+)
+def test_arguments_of_make_graphed(args, message):
+    with pytest.raises(TypeError, match=message):
+        fastbf.make_graphed(*args)
+
+
+@pytest.mark.parametrize("name", ["world", "", "0", "nccl"])
+def test_a_process_group_by_a_name_that_none_has(name):
+    layer = fastbf.BatchFormerLayer(8, 4)
+    message = f"process_group must be a .* process group, such as .*WORLD, .* got '{name}', which names none"
+    for call in (
+        lambda: fastbf.BatchFormer(8, process_group=name),
+        lambda: fastbf.BatchFormerLayer(8, 4, process_group=name),
+        lambda: setattr(layer, "process_group", name),
+        lambda: setattr(fastbf.BatchFormer(8), "process_group", name),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert layer.process_group is None
+    for call in (lambda: encoder(process_group=name), lambda: fastbf.distributed.gather(X, process_group=name)):
+        with pytest.raises(ValueError, match=f"this process has no process_group named '{name}'"):
+            call()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_of_the_classifier_with_targets_suggests_the_loss(training):
+    classifier = fastbf.SharedClassifier(8, 3).train(training)
+    with pytest.raises(TypeError, match=r"features alone, got 2 arguments: .* is classifier\.loss\(features, target\)"):
+        classifier(X, Y)
+
+
+def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():
+    former, state = fastbf.BatchFormer(8), nn.TransformerEncoderLayer(8, 4, 8).state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key(.|\n)*put the prefix 'layers\.0\.' before every key"):
+        former.load_state_dict(state)
+    assert len(former.load_state_dict(state, strict=False).unexpected_keys) == len(state)
+    former.load_state_dict({f"layers.0.{name}": t for name, t in state.items()}, assign=True)
+    assert former.layers[0].linear1.weight.data_ptr() == state["linear1.weight"].data_ptr()
+    with pytest.raises(RuntimeError) as error:
+        former.load_state_dict({})
+    assert "prefix" not in str(error.value)

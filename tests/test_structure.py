@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 #: Top to bottom. A module imports what is on its own floor or below; a package stands for all its modules.
 FLOORS = (
     ("fastbf", "fastbf.__main__"),
-    ("fastbf.cuda_graphs", "fastbf.surgery"),
+    ("fastbf.surgery",),
+    ("fastbf.plain",),
+    ("fastbf.cuda_graphs", "fastbf.averaging"),
     ("fastbf.modules",),
     ("fastbf.functional",),
     ("fastbf.torch_backend", "fastbf.triton_backend"),
@@ -32,6 +34,7 @@ FLOORS = (
         "fastbf.precision",
         "fastbf.reference",
         "fastbf.signatures",
+        "fastbf.suggestions",
         "fastbf.torch_state",
         "fastbf.version",
     ),
@@ -160,7 +163,7 @@ def test_reference_imports_no_backend():
 
 
 def test_modules_are_imported_from_above_only():
-    may = ("fastbf", "fastbf.__main__", "fastbf.surgery")
+    may = ("fastbf", "fastbf.__main__", "fastbf.averaging", "fastbf.plain", "fastbf.surgery")
     found = [i for i in of_fastbf() if within(i.name, "fastbf.modules") and not within(i.by, "fastbf.modules")]
     assert_none([i for i in found if i.by not in may])
 

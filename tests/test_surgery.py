@@ -93,6 +93,60 @@ def test_convert_leaves_subclasses_alone():
     assert fastbf.convert(nn.Sequential(Own(16, 4), fastbf.BatchFormerLayer(16, 4))) == 0
 
 
+class TransformerEncoderLayer(nn.Module):
+    """As facebookresearch/detr has it: the class of torch in name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(16, 4)
+        self.linear1, self.linear2 = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+
+
+class Block(TransformerEncoderLayer):
+    """An encoder layer by its parts."""
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            [TransformerEncoderLayer] * 2,
+            r"left alone: 2 \S+\.TransformerEncoderLayer, which does not inherit from it\.",
+        ),
+        ([Block], r"left alone: 1 \S+\.Block, which does not inherit"),
+        ([lambda: OwnLayer(16, 4)], r"1 \S+\.OwnLayer, which inherits from it and may do something else\."),
+        ([Block, lambda: OwnLayer(16, 4), Block], r"2 \S+\.Block, .*; 1 \S+\.OwnLayer, which inherits"),
+    ],
+)
+def test_convert_names_the_encoder_layers_that_it_leaves(layers, message):
+    with pytest.warns(UserWarning, match=f"convert found no torch.nn.TransformerEncoderLayer. .*{message}"):
+        assert fastbf.convert(nn.Sequential(*[layer() for layer in layers])) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("others", "count"),
+    [
+        ([lambda: nn.TransformerEncoderLayer(16, 4)], 1),
+        ([lambda: fastbf.BatchFormerLayer(16, 4)], 0),
+        ([lambda: fastbf.BatchFormer(16)], 0),
+    ],
+)
+def test_convert_is_silent_beside_layers_that_it_knows(others, count):
+    assert fastbf.convert(nn.Sequential(Block(), OwnLayer(16, 4), *[other() for other in others])) == count
+
+
+@pytest.mark.filterwarnings("error")
+def test_convert_is_silent_where_nothing_resembles_a_layer():
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4), 1)
+    assert fastbf.convert(nn.Sequential(nn.Conv2d(1, 1, 1), decoder, nn.MultiheadAttention(16, 4), nn.LSTM(1, 1))) == 0
+
+
 @pytest.mark.parametrize("function", [fastbf.convert, fastbf.strip])
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got int"):

@@ -109,6 +109,24 @@ def name_of(process_group: object) -> str | None:
     return process_group.group_name
 
 
+def known_name(process_group: object) -> str | None:
+    """As :func:`name_of`; a name must be that of a group.
+
+    Raises:
+        TypeError, ValueError: as :func:`name_of`; ValueError for a name that no group has.
+    """
+    name = name_of(process_group)
+    if name is not None and name is process_group:
+        try:
+            torch_state.process_group(name)
+        except (RuntimeError, ValueError):
+            raise ValueError(
+                "process_group must be a torch.distributed process group, such as torch.distributed.group.WORLD, the "
+                f"group_name of one, or None, got {name!r}, which names none"
+            ) from None
+    return name
+
+
 def group_of(name: str | None) -> dist.ProcessGroup | None:
     """The group of a name; None for None.
 

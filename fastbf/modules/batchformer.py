@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
+from fastbf.suggestions import suggesting
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -87,6 +88,7 @@ class BatchFormer(nn.Module):
         def __call__(self, features: Tensor, *targets: Unpack[Targets]) -> tuple[Tensor, Unpack[Targets]]: ...
         def __call__(self, features: Tensor, *targets: Any) -> Any: ...  # type: ignore[misc]
 
+    @suggesting
     def __init__(
         self,
         dim: int,
@@ -187,6 +189,18 @@ class BatchFormer(nn.Module):
         fork = layout.formatted(fork, features)
         return (fork, *targets) if targets else fork
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; the error for a checkpoint of one encoder layer names the prefix."""
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            if "self_attn.in_proj_weight" not in state_dict:
+                raise
+            raise RuntimeError(
+                f"{error}\n\tThese are keys of one encoder layer, and a BatchFormer holds a list of layers: put the "
+                "prefix 'layers.0.' before every key, or call former.layers[0].load_state_dict(state_dict)."
+            ) from None
+
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only."""
         return layout.formatted(self._mix(features, self._dims(features)), features)
@@ -214,7 +228,7 @@ class BatchFormer(nn.Module):
 
     def _dims(self, features: Tensor) -> tuple[int, int]:
         """Checks the features and returns their batch and channel dimension, counted from the front."""
-        checks.floating("features", features)
+        checks.dense("features", checks.floating("features", features))
         checks.min_rank("features", features, 2, "a batch of features")
         rank = features.dim()
         dims = []

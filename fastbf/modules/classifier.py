@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastbf import checks, functional, reference
 from fastbf.backend import check_backend
-from fastbf.torch_state import has_forward_pre_hooks
+from fastbf.modules.class_numbers import numbers
+from fastbf.suggestions import suggesting
+from fastbf.torch_state import autocast_dtype, has_forward_pre_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -23,9 +25,10 @@ class SharedClassifier(nn.Linear):
         in_features: channels C.
         num_classes: K.
         bias: whether there is one.
-        class_counts: training samples of each class, K numbers ≥ 0. Their logarithm is added to the logits in the
-            loss only (Balanced Softmax).
-        class_weight: a factor for each class in the loss, K numbers.
+        class_counts: training samples of each class, K finite numbers ≥ 0 in the order of classes, or a mapping
+            from classes such as a ``Counter``, where a class that is missing has none. Their logarithm is added to the
+            logits in the loss only (Balanced Softmax).
+        class_weight: a factor for each class in the loss, K finite numbers ≥ 0, or a mapping from all classes.
         label_smoothing: in [0, 1], in the loss.
         ignore_index: rows with this class index do not count.
         scale: multiplies input · weightᵀ + bias, in ``forward`` and in the loss.
@@ -50,6 +53,7 @@ class SharedClassifier(nn.Linear):
     log_prior: Tensor | None
     class_weight: Tensor | None
 
+    @suggesting
     def __init__(
         self,
         in_features: int,
@@ -57,8 +61,8 @@ class SharedClassifier(nn.Linear):
         bias: bool = True,
         *,
         out_features: int | None = None,
-        class_counts: Tensor | Sequence[float] | None = None,
-        class_weight: Tensor | Sequence[float] | None = None,
+        class_counts: Tensor | Iterable[float] | Mapping[int, float] | None = None,
+        class_weight: Tensor | Iterable[float] | Mapping[int, float] | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         scale: float = 1.0,
@@ -72,24 +76,30 @@ class SharedClassifier(nn.Linear):
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
         self.scale, self.backend = checks.finite("scale", scale), check_backend(backend)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
-        counts = self._per_class("class_counts", class_counts)
+        counts = self._per_class("class_counts", class_counts, absent=0)
         self.register_buffer("log_prior", None if counts is None else counts.log(), persistent=False)
         self.register_buffer("class_weight", self._per_class("class_weight", class_weight), persistent=False)
 
-    def _per_class(self, name: str, values: Tensor | Sequence[float] | None) -> Tensor | None:
+    def _per_class(self, name: str, values: Any, absent: float | None = None) -> Tensor | None:
         if values is None:
             return None
-        values = torch.as_tensor(values, device="cpu").detach()
-        checks.shape(name, values, (self.out_features,))
-        if not (values >= 0).all():
-            raise ValueError(f"{name} must not be negative, got {values.min().item()}")
+        exact = torch.tensor(numbers(name, values, self.out_features, absent=absent), dtype=torch.float64, device="cpu")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return values.to(device=self.weight.device, dtype=dtype, copy=True)
+        return exact.to(device=self.weight.device, dtype=dtype, copy=True)
 
     def forward(  # type: ignore[override]  # nn.Linear's takes no name but ``input``
-        self, features: Tensor | None = None, *, input: Tensor | None = None
+        self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None
     ) -> Tensor:
-        """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K)."""
+        """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K).
+
+        Raises:
+            TypeError, ValueError: features that do not fit; TypeError for targets, which :meth:`loss` takes.
+        """
+        if targets:
+            raise TypeError(
+                f"a call of SharedClassifier takes features alone, got {1 + len(targets)} arguments: the loss of "
+                "features and targets is classifier.loss(features, target)"
+            )
         x = self._check(checks.either("features", features, "input", input))
         return reference.class_logits(super().forward(x), self.scale, None)
 
@@ -132,6 +142,7 @@ class SharedClassifier(nn.Linear):
         weight = self.weight
         if (
             not isinstance(features, Tensor)
+            or features.is_nested  # which has no shape
             or features.shape[-1:] != weight.shape[1:]
             or features.device != weight.device
         ):
@@ -152,14 +163,14 @@ class SharedClassifier(nn.Linear):
         )
 
     def _check(self, x: object) -> Tensor:
-        features = checks.floating("features", x)
+        features, weight = checks.dense("features", checks.floating("features", x)), self.weight
         if not features.dim() or features.shape[-1] != self.in_features:
             raise ValueError(
                 f"features must have {self.in_features} channels in the last dimension, got shape "
                 f"{tuple(features.shape)}"
             )
-        if features.device != self.weight.device:
-            raise ValueError(
-                f"features must be on the device of the weights, {self.weight.device}, got {features.device}"
-            )
+        if features.device != weight.device:
+            raise ValueError(f"features must be on the device of the weights, {weight.device}, got {features.device}")
+        if features.dtype != weight.dtype and autocast_dtype(features) is None:
+            checks.dtype_of_weights("features", features, {"weight": weight})
         return features

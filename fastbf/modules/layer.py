@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastbf import checks, functional, reference
 from fastbf.backend import Choice, check_backend, choose
 from fastbf.distributed import gathering
-from fastbf.distributed.process_groups import group_of, name_of
+from fastbf.distributed.process_groups import group_of, known_name
 from fastbf.modules import layout
-from fastbf.torch_state import is_altered
+from fastbf.suggestions import suggesting
+from fastbf.torch_state import autocast_dtype, is_altered
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -43,13 +44,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
     Raises:
         ValueError: an activation name other than "relu" and "gelu", a head count that does not divide ``d_model``,
             dropout outside [0, 1], an unknown backend, a group that this process is not in.
-        TypeError: process_group is not a group.
+        TypeError: process_group is not a group, activation is not callable, or an unknown keyword.
 
     Source: paper section 3.2; the arithmetic is that of ``torch.nn.TransformerEncoderLayer``.
     """
 
     op = "encoder_layer"
 
+    @suggesting
     def __init__(
         self,
         d_model: int,
@@ -72,6 +74,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         checks.probability("dropout", dropout)
         if isinstance(activation, str):
             checks.choice("activation", activation, functional.ACTIVATIONS)
+        elif isinstance(activation, type) or not callable(activation):
+            given = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
+            raise TypeError(
+                f"activation must be 'relu', 'gelu' or a callable that takes a tensor, such as nn.ReLU(), got {given}"
+            )
         check_backend(backend)
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -87,7 +94,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
     @process_group.setter
     def process_group(self, process_group: Any) -> None:
-        self._group = name_of(process_group)
+        self._group = known_name(process_group)
 
     def forward(
         self,
@@ -172,15 +179,17 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         return None
 
     def _check(self, src: Tensor) -> None:
-        channels = self.self_attn.embed_dim
+        channels, weight = self.self_attn.embed_dim, self.linear1.weight
+        checks.dense("src", src)
         if src.dim() not in (2, 3):
             raise ValueError(f"src must have 2 or 3 dimensions, (S, C) or (S, B, C), got shape {tuple(src.shape)}")
         if src.shape[-1] != channels:
             raise ValueError(f"src must have {channels} channels in its last dimension, got {src.shape[-1]}")
-        if src.device != self.linear1.weight.device:
-            raise ValueError(
-                f"src must be on the device of the weights, {self.linear1.weight.device}, got {src.device}"
-            )
+        if src.device != weight.device:
+            raise ValueError(f"src must be on the device of the weights, {weight.device}, got {src.device}")
+        if src.dtype != weight.dtype and autocast_dtype(src) is None:
+            fields = self._weights()._asdict()
+            checks.dtype_of_weights("src", src, {n: w for n, w in fields.items() if not n.startswith("norm")})
 
     def _weights(self) -> reference.LayerWeights:
         attention, linear1, linear2 = self.self_attn, self.linear1, self.linear2

@@ -67,18 +67,6 @@ def test_both_arms_begin_with_the_same_weights(example):
     assert all(torch.equal(plain[name], mixed[name]) for name in plain)
 
 
-def test_momentum_encoder_follows(example):
-    encoder = example.Encoder(True)
-    keys = fastbf.strip(copy.deepcopy(encoder)).requires_grad_(False)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter += 1
-    before = [p.clone() for p in keys.parameters()]
-    example.follow(keys, encoder, 0.75)
-    for old, new in zip(before, keys.parameters(), strict=True):
-        torch.testing.assert_close(new, old + 0.25)
-
-
 def test_views_differ_and_can_be_repeated(example):
     images = torch.tensor(load_digits().images[:6], dtype=torch.float32)[:, None] / 16
     random = torch.Generator().manual_seed(0)
