@@ -437,3 +437,10 @@ def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():
     with pytest.raises(RuntimeError) as error:
         former.load_state_dict({})
     assert "prefix" not in str(error.value)
+
+
+def test_class_values_of_a_classifier_from_the_meta_device():
+    real = fastbf.SharedClassifier(8, 3, class_weight=[1.0, 2.0, 3.0], class_counts=[1, 2, 3])
+    made = fastbf.SharedClassifier(8, 3, class_weight=[1.0, 2.0, 3.0], class_counts=[1, 2, 3], device="meta")
+    made.load_state_dict(real.state_dict(), assign=True)
+    torch.testing.assert_close(made.loss(X, Y), real.loss(X, Y))
