@@ -35,8 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _address(name: str) -> str:
-    name = name.removeprefix("docs/")
-    return name.lower() if name.endswith(".html") else name
+    return name.removeprefix("docs/").lower() if name.endswith(".html") else name
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
