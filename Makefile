@@ -12,7 +12,7 @@ NEW_TRITON := $(VENV)/triton-3.9.0
 # Where the emulator of compiled kernels lies, a package named ptx, if it is there at all.
 EMULATOR ?= ../shared
 
-.PHONY: demo test lint types aot emulate bench targets gpu report dist clean
+.PHONY: demo test lint types aot emulate bench targets gpu report docs dist clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,14 @@ gpu: $(READY)
 
 report: $(READY)
 	$(RUN) -m bench report
+
+# Needs Python 3.11. The notice that is switched off is about MkDocs 2, which the constraints rule out.
+$(VENV)/.docs: $(READY)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 dist: $(READY)
 	$(RUN) -m build

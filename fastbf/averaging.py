@@ -35,6 +35,14 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, *, buffer
         TypeError: not modules, or decay is not a number.
         ValueError: a name of ``average`` is missing in ``model``, shapes or scales of classifiers differ, parameters
             are tied in ``average`` only, or decay is outside [0, 1]. Nothing was changed then.
+
+    Examples:
+        >>> import copy
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), fastbf.BatchFormer(32))
+        >>> average = fastbf.strip(copy.deepcopy(model))
+        >>> fastbf.update_average(average, model, 0.99)  # after every step of the optimizer
+        >>> [name for name, _ in average.named_parameters()]
+        ['0.weight', '0.bias']
     """
     for argument, module in (("average", average), ("model", model)):
         if not isinstance(module, nn.Module):

@@ -29,7 +29,12 @@ OPS = {
 
 
 class Choice(NamedTuple):
-    """A backend, "torch" or "triton", and the reason in a sentence."""
+    """A backend, "torch" or "triton", and the reason in a sentence.
+
+    Examples:
+        >>> fastbf.explain("batch_attention", torch.randn(6, 4, 8), backend="torch").backend
+        'torch'
+    """
 
     backend: str
     reason: str
@@ -204,6 +209,10 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
     Raises:
         ValueError: an unknown function or backend, or "triton" where no kernel covers the call.
         TypeError: ``what`` is neither a name nor a module of fastbf.
+
+    Examples:
+        >>> print(fastbf.explain(fastbf.BatchFormer(32), torch.randn(6, 32)))
+        torch: encoder_layer was given tensors on cpu, and Triton's kernels run on CUDA GPUs.
     """
     if isinstance(what, nn.Module):
         op = getattr(what, "op", None)

@@ -49,6 +49,13 @@ def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) ->
         RuntimeError: what PyTorch cannot capture (a wait for the device, such as ``.item()``); a backward that comes
             after a later call.
 
+    Examples:
+        >>> former, classifier = fastbf.BatchFormer(32), fastbf.SharedClassifier(32, 3)
+        >>> x, y = torch.randn(6, 32), torch.tensor([0, 0, 0, 1, 1, 2])
+        >>> step = fastbf.make_graphed(lambda x, y: classifier.loss(former(x), y), (x, y))
+        >>> step(x, y).shape  # on a CPU the function itself
+        torch.Size([])
+
     Source: ``torch.cuda.make_graphed_callables``.
     """
     if isinstance(callable, Tensor) or not hasattr(callable, "__call__"):  # noqa: B004  (the name is an argument's)

@@ -35,6 +35,11 @@ class LossStats(NamedTuple):
 
     Each has shape (2,), the plain stream first, if the input is a fork, else (1,). The loss sees logits with
     ``logit_bias``, the logarithm of ``class_counts`` in a classifier; predictions are made without it.
+
+    Examples:
+        >>> loss, stats = fastbf.SharedClassifier(32, 3).loss(torch.randn(2, 32), torch.tensor([0, 2]), stats=True)
+        >>> stats.loss.shape, stats.unadjusted_accuracy.shape  # no fork: one stream
+        (torch.Size([1]), torch.Size([1]))
     """
 
     loss: Tensor  #: mean loss of the stream's rows, weighted as reduction="mean" weighs them; NaN if all are ignored
@@ -91,6 +96,11 @@ def batch_attention(
         TypeError: not tensors, not floating point, unequal dtypes, a seed of another type.
         ValueError: shapes or devices that do not fit, dropout_p outside [0, 1], no kernel for "triton".
 
+    Examples:
+        >>> q, k, v = torch.randn(3, 6, 4, 8)  # 6 samples, 4 heads of 8 channels
+        >>> fastbf.functional.batch_attention(q, k, v, dropout_p=0.5).shape
+        torch.Size([6, 4, 8])
+
     Source: paper section 3.2; docs/design.md, the mathematics.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -144,6 +154,12 @@ def dropout_add_layer_norm(
     Raises:
         TypeError, ValueError: as :func:`batch_attention`.
 
+    Examples:
+        >>> x, residual = torch.randn(2, 6, 32)
+        >>> weight, bias = torch.ones(32), torch.zeros(32)
+        >>> fastbf.functional.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=0.5, eps=1e-5).shape
+        torch.Size([6, 32])
+
     Source: docs/design.md, the mathematics, s1 to z and s2 to y.
     """
     checks.floating("x", x)
@@ -188,6 +204,10 @@ def activation_dropout(
 
     Raises:
         TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation.
+
+    Examples:
+        >>> fastbf.functional.activation_dropout(torch.tensor([[-1.0, 2.0]]), "relu", dropout_p=0.0)
+        tensor([[0., 2.]])
 
     Source: docs/design.md, the mathematics, u.
     """
@@ -268,6 +288,15 @@ def encoder_layer(
         TypeError, ValueError: as :func:`batch_attention`; ValueError for another activation or head count, and on
             every rank if the ranks of a process_group do not make the same call.
         RuntimeError: a call with a process_group while a CUDA graph is captured.
+
+    Examples:
+        >>> c, f = 32, 64
+        >>> attention = torch.randn(3 * c, c), None, torch.randn(c, c), None  # weight and bias, twice
+        >>> feed_forward = torch.randn(f, c), None, torch.randn(c, f), None
+        >>> norms = torch.ones(c), None, torch.ones(c), None
+        >>> x = torch.randn(6, c)
+        >>> fastbf.functional.encoder_layer(x, *attention, *feed_forward, *norms, num_heads=4, plain=x).shape
+        torch.Size([12, 32])
 
     Source: paper section 3.2; docs/design.md, the mathematics.
     """
@@ -417,6 +446,12 @@ def linear_cross_entropy(
         TypeError: not tensors, not floating point, class indices that are not int64.
         ValueError: shapes, widths or devices that do not fit, on CPU class indices out of range, no kernel for
             "triton".
+
+    Examples:
+        >>> fork, weight = torch.randn(12, 32), torch.randn(3, 32)
+        >>> target = torch.tensor([0, 0, 0, 1, 1, 2])  # of 6 samples: the fork has both streams
+        >>> fastbf.functional.linear_cross_entropy(fork, weight, target, reduction="none").shape
+        torch.Size([12])
 
     Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
     """

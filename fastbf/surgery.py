@@ -40,6 +40,11 @@ def convert(module: nn.Module) -> int:
 
     Raises:
         TypeError: not a module.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(32, 4))
+        >>> fastbf.convert(model), type(model[0]).__name__
+        (1, 'BatchFormerLayer')
     """
     _check_module(module)
     layers = [m for m in module.modules() if type(m) is nn.TransformerEncoderLayer]
@@ -102,6 +107,11 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
 
     Raises:
         TypeError: not a module.
+
+    Examples:
+        >>> model = torch.nn.Sequential(fastbf.BatchFormer(32), fastbf.SharedClassifier(32, 3))
+        >>> sorted(fastbf.strip(model.eval()).state_dict())
+        ['1.bias', '1.weight']
     """
     _check_module(module)
     removed = BatchFormer | PassThrough

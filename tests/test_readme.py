@@ -1,4 +1,4 @@
-"""The code of the README and of docs/distributed.md runs as it stands, and the README's commands exist."""
+"""The code of the README and of pages runs as it stands; the README is one page, and its commands exist."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+NAMES = ("usage", "distributed", "troubleshooting")
+PAGES = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES]
 
 
 def examples(page: str) -> list[tuple[str, str]]:
@@ -20,17 +21,21 @@ def examples(page: str) -> list[tuple[str, str]]:
     return found
 
 
-EXAMPLES = examples(README) + examples(DISTRIBUTED)
+EXAMPLES = [example for page in (README, *PAGES) for example in examples(page)]
 
 
 def test_every_example_is_found():
-    assert len(EXAMPLES) == (README + DISTRIBUTED).count("```python") >= 8
+    assert len(EXAMPLES) == "".join((README, *PAGES)).count("```python") >= 15
     assert all(title for title, _ in EXAMPLES)
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
 def test_example(title, code):
     exec(compile(code, title, "exec"), {"__name__": "example"})
+
+
+def test_the_readme_is_one_page():
+    assert len(README.split()) <= 1200
 
 
 def test_commands_are_make_targets():

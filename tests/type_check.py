@@ -1,4 +1,4 @@
-"""``python -m tests.type_check``: pyright over what fastbf exports and over the README's code; fails on any error.
+"""``python -m tests.type_check``: pyright over what fastbf exports and over the code of pages; fails on any error.
 
 Each symbol that an importer can reach needs a type that pyright knows without guessing.
 """
@@ -41,19 +41,19 @@ def exported() -> Iterator[str]:
                 yield f"{symbol['name']}: {' '.join(d['message'].split())}"
 
 
-def readme() -> Iterator[str]:
-    """The errors in the README's code, with its line numbers."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def code_of(name: str) -> Iterator[str]:
+    """The errors in a page's code, with its line numbers."""
+    page = (ROOT / name).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         for block in re.finditer(r"^```python\n(.+?)^```", page, flags=re.DOTALL | re.MULTILINE):
             line = page.count("\n", 0, block.start(1))
             code = "\n" * line + block[1]
-            (Path(folder) / f"readme_{line + 1}.py").write_text(code, encoding="utf-8")
+            (Path(folder) / f"block_{line + 1}.py").write_text(code, encoding="utf-8")
         settings = {"typeCheckingMode": "basic", "pythonVersion": "3.10", "extraPaths": [str(ROOT)]}
         (Path(folder) / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
         report = pyright("--project", folder, cwd=Path(folder))
     for d in report["generalDiagnostics"]:
-        yield f"README.md:{d['range']['start']['line'] + 1}: {' '.join(d['message'].split())}"
+        yield f"{name}:{d['range']['start']['line'] + 1}: {' '.join(d['message'].split())}"
 
 
 def results() -> Iterator[str]:
@@ -63,8 +63,8 @@ def results() -> Iterator[str]:
 
 
 def main() -> None:
-    found = [*exported(), *results(), *readme()]
-    print(*found, f"pyright: {len(found)} errors in what fastbf exports and in the README's code", sep="\n")
+    found = [*exported(), *results(), *code_of("README.md"), *code_of("docs/usage.md")]
+    print(*found, f"pyright: {len(found)} errors in what fastbf exports and in the code of pages", sep="\n")
     sys.exit(bool(found))
 
 

@@ -24,14 +24,9 @@ from fastbf.torch_state import differentiated
 def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
     """Gathers all ranks' samples. Gradients are those of the sum of all ranks' losses.
 
-    For a contrastive loss over all ranks' keys::
-
-        keys, first = fastbf.distributed.gather(keys, group)
-        loss = linear_cross_entropy(queries, keys, first + torch.arange(n), scale=1 / 0.2)
-
-    Each rank takes the loss of its own queries. If each took that of all queries, they would count once for each rank.
-    Backward sums a sample's gradients over ranks, so DistributedDataParallel's average gives the gradients of one
-    process on the whole batch.
+    In a contrastive loss over all ranks' keys each rank takes the loss of its own queries. If each took that of all
+    queries, they would count once for each rank. Backward sums a sample's gradients over ranks, so
+    DistributedDataParallel's average gives the gradients of one process on the whole batch.
 
     Args:
         x: (n, …), floating point; n may differ between ranks and be 0, the rest must be the same.
@@ -43,6 +38,13 @@ def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
     Raises:
         TypeError: x is not a tensor of fp16, bf16, fp32 or fp64, process_group is not a group.
         ValueError: calls that do not fit each other, on every rank; a group that this process is not in.
+
+    Examples:
+        >>> queries, own_keys, group = torch.randn(6, 32), torch.randn(6, 32), None  # None: one process
+        >>> keys, first = fastbf.distributed.gather(own_keys, group)
+        >>> target = first + torch.arange(6)
+        >>> fastbf.functional.linear_cross_entropy(queries, keys, target, scale=1 / 0.2).shape
+        torch.Size([])
 
     Source: docs/distributed.md; the contrastive loss of MoCo v3 (arXiv 2104.02057), section 3.
     """

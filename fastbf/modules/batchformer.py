@@ -61,13 +61,22 @@ class BatchFormer(nn.Module):
         backend: "auto", "triton" or "torch".
         process_group: a ``torch.distributed`` group whose ranks' batches attend to each other, see
             :mod:`fastbf.distributed`; None is this process alone.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
         layers: ``nn.ModuleList`` of :class:`BatchFormerLayer`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
+
+    Examples:
+        >>> former = fastbf.BatchFormer(32)
+        >>> former(torch.randn(6, 32)).shape
+        torch.Size([12, 32])
+        >>> x = torch.randn(6, 32)
+        >>> former.eval()(x) is x
+        True
 
     Source: Hou et al., CVPR 2022 (arXiv 2203.01522), section 3, figure 2; dense features: arXiv 2204.01254.
     """
@@ -138,7 +147,12 @@ class BatchFormer(nn.Module):
 
     @property
     def process_group(self) -> Any:
-        """The process group of the layers."""
+        """The process group of the layers, or None; can be set.
+
+        Examples:
+            >>> fastbf.BatchFormer(32).process_group is None
+            True
+        """
         return self.layers[0].process_group
 
     @process_group.setter
@@ -164,6 +178,12 @@ class BatchFormer(nn.Module):
             TypeError: features that are not a floating-point tensor, targets of another type.
             ValueError: wrong rank, width or device, dimensions out of range or equal, targets of the wrong length,
                 an odd batch where it should be forked.
+
+        Examples:
+            >>> former = fastbf.BatchFormer(32)
+            >>> features, labels = former(torch.randn(2, 32), torch.tensor([3, 5]))
+            >>> features.shape, labels
+            (torch.Size([4, 32]), tensor([3, 5, 3, 5]))
         """
         if not self.training:
             return (features, *targets) if targets else features
@@ -190,7 +210,14 @@ class BatchFormer(nn.Module):
         return (fork, *targets) if targets else fork
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; the error for a checkpoint of one encoder layer names the prefix."""
+        """As ``nn.Module.load_state_dict``; the error for a checkpoint of one encoder layer names the prefix.
+
+        Examples:
+            >>> theirs = torch.nn.TransformerEncoderLayer(32, 4, 32).state_dict()
+            >>> former = fastbf.BatchFormer(32)
+            >>> former.load_state_dict({f"layers.0.{key}": value for key, value in theirs.items()})
+            <All keys matched successfully>
+        """
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
@@ -202,7 +229,12 @@ class BatchFormer(nn.Module):
             ) from None
 
     def mix(self, features: Tensor) -> Tensor:
-        """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only."""
+        """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only.
+
+        Examples:
+            >>> fastbf.BatchFormer(32).mix(torch.randn(6, 32)).shape
+            torch.Size([6, 32])
+        """
         return layout.formatted(self._mix(features, self._dims(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
@@ -214,6 +246,10 @@ class BatchFormer(nn.Module):
         Returns:
             (…, H, N, N): positions, heads, queries, keys. With a ``process_group`` the keys are the samples of all
             ranks, in the order of ranks.
+
+        Examples:
+            >>> fastbf.BatchFormer(32).attention_map(torch.randn(6, 32)).shape
+            torch.Size([4, 6, 6])
         """
         x = _samples_first(features, self._dims(features))
         positions = x.shape[1:-1]

@@ -33,7 +33,8 @@ class SharedClassifier(nn.Linear):
         ignore_index: rows with this class index do not count.
         scale: multiplies input · weightᵀ + bias, in ``forward`` and in the loss.
         backend: "auto", "triton" or "torch".
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Every rank holds the whole weight; classes are not split over ranks. The ``state_dict`` is that of ``nn.Linear``.
     Class counts and class weights are buffers outside it: a cast of the module casts them, and ``to_empty`` after
@@ -41,6 +42,12 @@ class SharedClassifier(nn.Linear):
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
+
+    Examples:
+        >>> classifier = fastbf.SharedClassifier(32, 3, class_counts=[500, 80, 10])
+        >>> fork = fastbf.BatchFormer(32)(torch.randn(6, 32))
+        >>> classifier.loss(fork, torch.tensor([0, 0, 0, 1, 1, 2])).shape
+        torch.Size([])
 
     Source: Hou et al., CVPR 2022, section 3.2 (shared classifier); Ren et al., NeurIPS 2020 (Balanced Softmax).
     """
@@ -94,6 +101,10 @@ class SharedClassifier(nn.Linear):
 
         Raises:
             TypeError, ValueError: features that do not fit; TypeError for targets, which :meth:`loss` takes.
+
+        Examples:
+            >>> fastbf.SharedClassifier(32, 3)(torch.randn(6, 32)).shape
+            torch.Size([6, 3])
         """
         if targets:
             raise TypeError(
@@ -134,6 +145,13 @@ class SharedClassifier(nn.Linear):
             TypeError, ValueError: as :func:`fastbf.functional.linear_cross_entropy`.
             RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
                 run in ``forward`` only; ``torch.nn.utils.parametrizations`` works.
+
+        Examples:
+            >>> classifier = fastbf.SharedClassifier(32, 3)
+            >>> fork = torch.randn(12, 32)  # of 6 samples, so 6 labels
+            >>> loss, stats = classifier.loss(fork, torch.tensor([0, 0, 0, 1, 1, 2]), stats=True)
+            >>> stats.accuracy.shape  # of the plain and of the mixed stream
+            torch.Size([2])
         """
         if has_forward_pre_hooks(self):
             raise RuntimeError(

@@ -46,6 +46,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             dropout outside [0, 1], an unknown backend, a group that this process is not in.
         TypeError: process_group is not a group, activation is not callable, or an unknown keyword.
 
+    Examples:
+        >>> layer = fastbf.BatchFormerLayer(32, 4, 32, 0.5)
+        >>> layer(torch.randn(6, 32)).shape  # one sequence of 6 samples
+        torch.Size([6, 32])
+
     Source: paper section 3.2; the arithmetic is that of ``torch.nn.TransformerEncoderLayer``.
     """
 
@@ -89,7 +94,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
 
     @property
     def process_group(self) -> Any:
-        """The group whose ranks' batches attend to each other, or None. Copies and pickles of a layer hold its name."""
+        """The group whose ranks' batches attend to each other, or None. Copies and pickles of a layer hold its name.
+
+        Examples:
+            >>> fastbf.BatchFormerLayer(32, 4).process_group is None
+            True
+        """
         return group_of(self._group)
 
     @process_group.setter
@@ -111,6 +121,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             ValueError: wrong rank, width or device; ``backend="triton"`` for a call that no kernel covers; a
                 process_group for a call that the fused layer does not cover.
             TypeError: src is not a floating-point tensor.
+
+        Examples:
+            >>> layer = fastbf.BatchFormerLayer(32, 4, batch_first=True)
+            >>> layer(torch.randn(1, 6, 32)).shape  # 6 samples that attend to each other
+            torch.Size([1, 6, 32])
         """
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
         checks.floating("src", src)
@@ -134,7 +149,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         return layout.like(out, src) if self.norm_first else out.contiguous()
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
-        """The fork of x (N, …, C); ``plain`` and ``forked`` as in ``functional.encoder_layer``."""
+        """The fork of x (N, …, C); ``plain`` and ``forked`` as in ``functional.encoder_layer``.
+
+        Examples:
+            >>> x = torch.randn(6, 32)
+            >>> fork = fastbf.BatchFormerLayer(32, 4).fork(x, plain=x)
+            >>> fork.shape, torch.equal(fork[:6], x)
+            (torch.Size([12, 32]), True)
+        """
         unaltered = type(self).forward is BatchFormerLayer.forward and not is_altered(self)
         if unaltered and x.shape[0] and self.parent_reason(x) is None:
             weights = self._weights()
@@ -148,7 +170,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         return mixed if plain is None else reference.fork(plain, mixed)
 
     def parent_reason(self, src: Tensor | None = None) -> str | None:
-        """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not."""
+        """Why a call without masks runs ``nn.TransformerEncoderLayer.forward``, in a sentence; None if it does not.
+
+        Examples:
+            >>> fastbf.BatchFormerLayer(32, 4, activation=torch.tanh).parent_reason()
+            'the activation is neither relu nor exact gelu.'
+        """
         attention, activation = self.self_attn, self.activation
         linear1, linear2, norm1, norm2 = self.linear1, self.linear2, self.norm1, self.norm2
         dropout, dropout1, dropout2 = self.dropout, self.dropout1, self.dropout2
@@ -211,7 +238,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         }
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Softmax weights (…, H, N, M) of x (N, …, C), without dropout; M counts the samples of all ranks."""
+        """Softmax weights (…, H, N, M) of x (N, …, C), without dropout; M counts the samples of all ranks.
+
+        Examples:
+            >>> fastbf.BatchFormerLayer(32, 4).attention_map(torch.randn(6, 32)).shape
+            torch.Size([4, 6, 6])
+        """
         w = self._weights()
         if self.norm_first:
             x = F.layer_norm(x, (x.shape[-1],), w.norm1_weight, w.norm1_bias, self.norm1.eps)

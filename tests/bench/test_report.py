@@ -61,7 +61,7 @@ class TestReport:
         assert readme.read_text(encoding="utf-8") == text
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-    def test_the_rest_of_the_readme_stays_whatever_the_locale(self, newline, tmp_path, cp1252):
+    def test_the_rest_of_a_page_stays_whatever_the_locale(self, newline, tmp_path, cp1252):
         """Of the project's own, byte for byte, and of what is not UTF-8; what is filled in is UTF-8."""
 
         def around(text):
@@ -71,7 +71,7 @@ class TestReport:
         with records.output(tmp_path / "host.csv", records.COLUMNS) as put:
             list(records.write(put, records.environment(CPU)._replace(device="a machine"), [launch]))
         readme = tmp_path / "README.md"
-        before = (ROOT / "README.md").read_bytes().replace(b"\n", newline.encode()) + b"caf\xe9, then no newline"
+        before = (ROOT / "docs" / "benchmarks.md").read_bytes().replace(b"\n", newline.encode()) + b"caf\xe9, then no newline"
         readme.write_bytes(before)
         report.make([tmp_path / "host.csv"], [readme], tmp_path)
         after = readme.read_bytes()
@@ -193,8 +193,9 @@ class TestReport:
         docs.write_text(DOCS, encoding="utf-8")
         report.make([], [docs], tmp_path)
         assert docs.read_text(encoding="utf-8").count("Not measured yet.") == len(report.FALLBACK)
-        own = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-        assert re.findall(r"<!-- bench:(\w+) -->", own) == list(report.FALLBACK)
+        own = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/benchmarks.md"))
+        blocks = ["step", "pictures", "memory", "loss", "host", *report.FALLBACK]
+        assert sorted(re.findall(r"<!-- bench:(\w+) -->", own)) == sorted(blocks)
 
     def test_files_without_a_column_for_busy_processes(self, tmp_path):
         """As earlier versions wrote them."""
