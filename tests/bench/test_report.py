@@ -71,7 +71,8 @@ class TestReport:
         with records.output(tmp_path / "host.csv", records.COLUMNS) as put:
             list(records.write(put, records.environment(CPU)._replace(device="a machine"), [launch]))
         readme = tmp_path / "README.md"
-        before = (ROOT / "docs" / "benchmarks.md").read_bytes().replace(b"\n", newline.encode()) + b"caf\xe9, then no newline"
+        page = (ROOT / "docs" / "benchmarks.md").read_bytes().replace(b"\n", newline.encode())
+        before = page + b"caf\xe9, then no newline"
         readme.write_bytes(before)
         report.make([tmp_path / "host.csv"], [readme], tmp_path)
         after = readme.read_bytes()
