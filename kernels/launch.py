@@ -182,9 +182,10 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             return_annotation=None,
         )
         name = f"{launcher.__module__.rpartition('.')[2]}_{launcher.__name__.lstrip('_')}"
-        torch.library.define(f"fastbf::{name}", torch.library.infer_schema(run, mutates_args=writes))
-        torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(run)
-        torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
+        if not hasattr(torch.ops.fastbf, name):  # a module that is imported once more finds its operators
+            torch.library.define(f"fastbf::{name}", torch.library.infer_schema(run, mutates_args=writes))
+            torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(run)
+            torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
         registered = getattr(torch.ops.fastbf, name).default
 
         @wraps(launcher)

@@ -23,9 +23,10 @@ def communicating(schema: str) -> Callable[[Callable[..., None]], Callable[..., 
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.lstrip("_")
-        torch.library.define(f"fastbf::{name}", f"({schema}, {BATCH}) -> ()", tags=_TAGS)
-        torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(function)
-        torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
+        if not hasattr(torch.ops.fastbf, name):  # a module that is imported once more finds its operators
+            torch.library.define(f"fastbf::{name}", f"({schema}, {BATCH}) -> ()", tags=_TAGS)
+            torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(function)
+            torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
         registered = getattr(torch.ops.fastbf, name).default
 
         @wraps(function)

@@ -218,8 +218,8 @@ def _exchange(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
     _, hosts, size = peers(name)
-    own = torch.tensor([samples, *numbers], dtype=torch.int64)
-    messages = torch.empty(size * len(own), dtype=torch.int64)
+    own = torch.tensor([samples, *numbers], dtype=torch.int64, device="cpu")
+    messages = torch.empty(size * len(own), dtype=torch.int64, device="cpu")
     all_gather(messages, own, hosts).wait()
     of_ranks = messages.view(size, -1).tolist()
     sizes = [message[0] for message in of_ranks]
