@@ -173,19 +173,15 @@ def _of_torch(kind: type, name: str) -> Any:
 
 
 _SA_BLOCK, _FF_BLOCK = (_of_torch(nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block"))
-_FORWARDS: tuple[tuple[Any, Any], ...] = tuple(
-    (kind, _of_torch(kind, "forward"))
-    for kind in (
-        nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ReLU, nn.GELU,
-    )  # fmt: skip
-)
+_KINDS = nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ReLU, nn.GELU
+_FORWARDS: tuple[tuple[Any, Any], ...] = tuple((kind, _of_torch(kind, "forward")) for kind in _KINDS)
 
 
 @traced_as_constant
 def are_patched() -> bool:
     """Whether a class that a layer or a classifier is made of has another ``forward`` or ``__call__`` than torch's."""
     call: Any = nn.Module.__call__
-    for kind, forward in _FORWARDS:
+    for kind, forward in _FORWARDS:  # noqa: SIM110 (the generator of any() takes longer)
         if kind.forward is not forward or kind.__call__ is not call:
             return True
     return False

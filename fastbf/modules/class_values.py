@@ -32,7 +32,7 @@ def numbers(name: str, values: Any, count: int) -> array[float]:
         raise TypeError(f"{expected}, got {type(values).__name__}")
     if isinstance(values, Tensor) and values.is_meta:
         raise ValueError(f"{expected}, got a tensor on the meta device, which holds none: give a list")
-    items = values if hasattr(values, "shape") else list(values)
+    items: Any = values if hasattr(values, "shape") else list(values)
     shape = tuple(getattr(items, "shape", (len(items),)))
     if shape != (count,):
         raise ValueError(f"{name} must have shape {(count,)}, got {shape}")
@@ -53,8 +53,8 @@ class ClassValues:
     """A number for each class, and a tensor of them for each device and dtype that asked.
 
     Args:
-        source: the numbers, or a tensor of them. A tensor stays the caller's: what is written to it in place counts, and
-            it gets a gradient if it requires one.
+        source: the numbers, or a tensor of them. A tensor stays the caller's: what is written to it in place counts,
+            and it gets a gradient if it requires one.
     """
 
     def __init__(self, source: array[float] | Tensor) -> None:
@@ -178,6 +178,6 @@ _alive: WeakValueDictionary[str, ClassValues] = WeakValueDictionary()
 
 @traced_as_constant
 def _prepare(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts a tensor where a graph reads it. A compiler runs this while it traces, and makes no part of the graph of it."""
+    """Puts a tensor where a graph reads it. A compiler runs this while it traces; it is no part of the graph."""
     values = _alive[name]
     values.traced = values.held(device, dtype)
