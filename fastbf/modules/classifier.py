@@ -94,7 +94,7 @@ class SharedClassifier(nn.Linear):
 
     @log_prior.setter
     def log_prior(self, value: Tensor | None) -> None:
-        self._log_prior = self._values("log_prior", value)
+        self._log_prior = self._held_as("log_prior", value)
 
     @property
     def class_weight(self) -> Tensor | None:
@@ -103,7 +103,7 @@ class SharedClassifier(nn.Linear):
 
     @class_weight.setter
     def class_weight(self, value: Tensor | None) -> None:
-        self._class_weight = self._values("class_weight", value)
+        self._class_weight = self._held_as("class_weight", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module.register_parameter``. TypeError for the attributes that are no parameters."""
@@ -117,7 +117,7 @@ class SharedClassifier(nn.Linear):
         """The tensors that the loss reads beside parameters, which a captured graph holds by their addresses."""
         return [t for t in (self.log_prior, self.class_weight) if t is not None]
 
-    def _values(self, name: str, value: object) -> ClassValues | None:
+    def _held_as(self, name: str, value: object) -> ClassValues | None:
         if value is None:
             return None
         checks.shape(name, checks.floating(name, value), (self.out_features,))
