@@ -218,9 +218,9 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
         op = getattr(what, "op", None)
         if op not in OPS:
             raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
-        layers: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
-        reason = next(filter(None, (layer.parent_reason() for layer in layers)), None)
-        attention = layers[0].self_attn if layers else None
+        parts: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
+        reason = next(filter(None, (part.parent_reason() for part in parts)), None)
+        attention = getattr(parts[0], "self_attn", None) if parts else None
         return choose(
             backend or str(what.backend),
             op,

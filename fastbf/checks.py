@@ -158,6 +158,8 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
     if target.device != device:
         raise ValueError(f"target must be on the device of the input, {device}, got {target.device}")
     tail = (num_classes,) if target.is_floating_point() else ()
+    if tail and ignore_index >= 0:
+        raise ValueError(f"ignore_index must be negative where targets are probabilities, got {ignore_index}")
     forked = (rows[0] // 2, *rows[1:], *tail)
     if target.is_floating_point():
         if target.dim() != len(rows) + 1:

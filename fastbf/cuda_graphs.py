@@ -211,10 +211,13 @@ class _Used(NamedTuple):
     parameters: tuple[Tensor, ...]  #: leaves that get a gradient
     modules: tuple[nn.Module, ...]  #: those that were called, and all inside them
     differentiable: tuple[bool, ...]  #: of each result, flattened
+    holders: tuple[Any, ...]  #: modules with tensors that are neither parameters nor buffers
 
     def state(self) -> tuple[object, ...]:
         """Values of which none may change between capture and replay: addresses, modes, dropout rates."""
-        held = (*self.parameters, *(t for module in self.modules for t in own_tensors(module)))
+        held = [*self.parameters, *(t for module in self.modules for t in own_tensors(module))]
+        for module in self.holders:
+            held += module.held_tensors()
         tensors = [(id(t), t.data_ptr(), t.requires_grad) for t in held]
         return tensors, [(module.training, vars(module).get("p")) for module in self.modules]
 
@@ -239,7 +242,8 @@ def _observe(call: Callable[..., Any], owner: nn.Module | None, args: tuple[Tens
     _check_modules(modules, owner)
     parameters = tuple(leaf for leaf in _leaves(results) if not any(leaf is x for x in args))
     _check_parameters(parameters, args[0].device)
-    return _Used(parameters, modules, tuple(result.requires_grad for result in results))
+    holders = tuple(module for module in modules if hasattr(module, "held_tensors"))
+    return _Used(parameters, modules, tuple(result.requires_grad for result in results), holders)
 
 
 def _leaves(results: list[Tensor]) -> list[Tensor]:

@@ -491,6 +491,32 @@ def linear_cross_entropy(
     return (loss, LossStats(*streams)) if stats else loss
 
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """As :func:`linear_cross_entropy`, of logits (M, …, K) that are there already; by PyTorch on every device."""
+    checks.floating("logits", logits)
+    checks.min_rank("logits", logits, 2, "(M, …, K)")
+    num_classes = logits.shape[-1]
+    for name, t in (("weight", weight), ("logit_bias", logit_bias)):
+        checks.shape(name, t, (num_classes,))
+    checks.same_device("logits", logits, {"weight": weight, "logit_bias": logit_bias})
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.probability("label_smoothing", label_smoothing)
+    forked = checks.target(target, tuple(logits.shape[:-1]), num_classes, logits.device, ignore_index)
+    options = LossOptions(1.0, reduction, ignore_index, label_smoothing, forked, stats)
+    loss, streams = classifier.cross_entropy(logits, target, options, weight=weight, logit_bias=logit_bias)
+    return (loss, LossStats(*streams)) if stats else loss
+
+
 def _classifier_obstacle(target: Tensor, weight: Tensor | None, logit_bias: Tensor | None) -> str | None:
     """Why the classifier's kernels cannot serve a call on any device; None if they can."""
     for name, t in (("probabilities", target), ("class weights", weight)):

@@ -6,6 +6,7 @@ substitute. Their tests pass with torch 2.10.0 and 2.13.0; releases 2.11.0 and 2
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
@@ -116,6 +117,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether x has a shape but no values, as under ``FakeTensorMode``. Public substitute: none."""
+    return type(x) not in (Tensor, nn.Parameter) and isinstance(x, torch._subclasses.FakeTensor)
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source into its target, in one launch where all are dense and all sources have one dtype.
 
@@ -164,15 +170,60 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks)
 
 
-def has_forward_pre_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks before its ``forward``."""
-    return bool(module._forward_pre_hooks)
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks other than those of FSDP2, which gather and shard its parameters."""
+    if not has_hooks(module):
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return not all(str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, or another ``forward`` than its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
+
+
+def _of_torch(kind: type, name: str) -> Any:
+    """A method as torch defines it; None if something else has its place already."""
+    method = getattr(kind, name)
+    home: Any = sys.modules[nn.Module.__module__ if name == "__call__" else kind.__module__]
+    return method if getattr(method, "__globals__", None) is vars(home) else None
+
+
+_SA_BLOCK, _FF_BLOCK = (_of_torch(nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block"))
+_KINDS = nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ReLU, nn.GELU
+_FORWARDS: tuple[tuple[Any, Any], ...] = tuple((kind, _of_torch(kind, "forward")) for kind in _KINDS)
+
+
+@traced_as_constant
+def are_patched() -> bool:
+    """Whether a class that a layer or a classifier is made of has another ``forward`` or ``__call__`` than torch's."""
+    call: Any = nn.Module.__call__
+    for kind, forward in _FORWARDS:  # noqa: SIM110 (the generator of any() takes longer)
+        if kind.forward is not forward or kind.__call__ is not call:
+            return True
+    return False
+
+
+def has_own_blocks(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether a layer's attention block or feed-forward block is not torch's. Public substitute: none."""
+    kind, own = type(layer), layer.__dict__
+    if kind._sa_block is not _SA_BLOCK or kind._ff_block is not _FF_BLOCK:
+        return True
+    return "_sa_block" in own or "_ff_block" in own
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether the module is a copy that ``nn.DataParallel`` made for one call. Public substitute: none."""
+    return "_is_replica" in module.__dict__
+
+
+def version(x: Tensor) -> int:
+    """How often x was written to in place; 0 for tensors that do not count. Public substitute: none."""
+    return 0 if x.is_inference() else x._version
 
 
 def has_gradient_hooks(leaf: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
@@ -13,6 +14,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
+from fastbf.torch_state import is_replica
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -174,6 +176,11 @@ class BatchFormer(nn.Module):
             concatenated with itself along its first dimension; a list or tuple is repeated. With ``forked`` targets
             are returned as they are.
 
+        Warns:
+            RuntimeWarning, once a process: features or a target that come from a fork as they are while ``forked`` is
+            not set, which makes 4N rows; a replica of ``nn.DataParallel`` without targets, whose streams are gathered
+            replica by replica. What an operator made of a fork is not recognised.
+
         Raises:
             TypeError: features that are not a floating-point tensor, targets of another type.
             ValueError: wrong rank, width or device, dimensions out of range or equal, targets of the wrong length,
@@ -190,12 +197,26 @@ class BatchFormer(nn.Module):
         dims = batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
         if not self.forked:
+            if any(map(_is_fork, (features, *targets))):
+                _warn_once(
+                    "features or targets hold both streams already and are forked again: a second BatchFormer of a "
+                    "network has forked=True"
+                )
+            if not targets and is_replica(self):
+                _warn_once(
+                    "DataParallel gathers [plain, mixed, plain, mixed, …], one pair a replica, and targets that stay "
+                    "outside do not fit those rows: pass the targets through the BatchFormer, or compute the loss "
+                    "inside of what DataParallel replicates"
+                )
             targets = tuple(_doubled(target, n) for target in targets)
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
         *others, last = self.layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
-        if isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):
+        if type(self).mix is not _MIX or "mix" in self.__dict__:
+            plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
+            fork = reference.fork(plain, self.mix(stream), dim=batch_dim)
+        elif isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):
             x = _flat(x)
             if others:
                 plain, stream = x.chunk(2) if self.forked else (x, x)
@@ -207,6 +228,9 @@ class BatchFormer(nn.Module):
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = reference.fork(plain, self._mix(stream, dims), dim=batch_dim)
         fork = layout.formatted(fork, features)
+        for made in () if self.forked or torch.compiler.is_compiling() else (fork, *targets):
+            if isinstance(made, Tensor):
+                made.is_fork = True  # type: ignore[attr-defined]
         return (fork, *targets) if targets else fork
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +284,8 @@ class BatchFormer(nn.Module):
         return weights.view(*positions, *weights.shape[-3:])
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
+        parts = f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
+        return parts + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
     def _dims(self, features: Tensor) -> tuple[int, int]:
         """Checks the features and returns their batch and channel dimension, counted from the front."""
@@ -316,3 +341,20 @@ def _doubled(target: Any, n: int) -> Any:
     if length != n:
         raise ValueError(f"targets must have one entry for each of the {n} samples, got {length}")
     return torch.cat([target, target]) if isinstance(target, Tensor) else target * 2
+
+
+def _is_fork(x: object) -> bool:
+    """Whether x is what a BatchFormer returned: the very tensor, which holds both streams."""
+    return isinstance(x, Tensor) and hasattr(x, "is_fork")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+_MIX = BatchFormer.mix

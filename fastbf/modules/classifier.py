@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbf import checks, functional, reference
-from fastbf.backend import check_backend
+from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
+from fastbf.modules.class_values import ClassValues, LogCounts
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import autocast_dtype, has_forward_pre_hooks
+from fastbf.torch_state import are_patched, autocast_dtype, has_hooks, has_own_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -25,9 +26,10 @@ class SharedClassifier(nn.Linear):
         in_features: channels C.
         num_classes: K.
         bias: whether there is one.
-        class_counts: training samples of each class, K finite numbers ≥ 0 in the order of classes, or a mapping
-            from classes such as a ``Counter``, where a class that is missing has none. Their logarithm is added to the
-            logits in the loss only (Balanced Softmax).
+        class_counts: training samples of each class, K finite numbers ≥ 0 in the order of classes, not all 0, or a
+            mapping from classes such as a ``Counter``, where a class that is missing has none. Their logarithm is added
+            to the logits in the loss only (Balanced Softmax). The loss of a row whose class has count 0 is infinite: a
+            warning says so once on a CPU. On a GPU nothing does, because that would wait for the device.
         class_weight: a factor for each class in the loss, K finite numbers ≥ 0, or a mapping from all classes.
         label_smoothing: in [0, 1], in the loss.
         ignore_index: rows with this class index do not count.
@@ -37,11 +39,17 @@ class SharedClassifier(nn.Linear):
         dtype: of the parameters.
 
     Every rank holds the whole weight; classes are not split over ranks. The ``state_dict`` is that of ``nn.Linear``.
-    Class counts and class weights are buffers outside it: a cast of the module casts them, and ``to_empty`` after
-    construction on the meta device loses them.
+    Class counts and class weights are no buffers: casts, ``to_empty`` and averages of buffers leave them as they were
+    given, and the loss uses them in fp32, or in fp64 for fp64 weights.
+
+    Attributes:
+        log_prior: what the loss adds to the logits, a tensor (K,) on the device of the weight, or None. It can be set
+            to another tensor (-inf switches a class off; it may require a gradient), or to None.
+        class_weight: the factors of classes, likewise.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
+        TypeError, ValueError: an argument that does not fit; the message names it and what is allowed. ValueError also
+            for counts that hold a 0 together with ``label_smoothing``, because every loss would be infinite.
 
     Examples:
         >>> classifier = fastbf.SharedClassifier(32, 3, class_counts=[500, 80, 10])
@@ -57,8 +65,6 @@ class SharedClassifier(nn.Linear):
     ignore_index: int
     scale: float
     backend: str
-    log_prior: Tensor | None
-    class_weight: Tensor | None
 
     @suggesting
     def __init__(
@@ -83,16 +89,56 @@ class SharedClassifier(nn.Linear):
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
         self.scale, self.backend = checks.finite("scale", scale), check_backend(backend)
         self.ignore_index = checks.integer("ignore_index", ignore_index)
-        counts = self._per_class("class_counts", class_counts, absent=0)
-        self.register_buffer("log_prior", None if counts is None else counts.log(), persistent=False)
-        self.register_buffer("class_weight", self._per_class("class_weight", class_weight), persistent=False)
+        self._log_prior: ClassValues | None = None
+        self._class_weight: ClassValues | None = None
+        if class_counts is not None:
+            self._log_prior = LogCounts(numbers("class_counts", class_counts, count, absent=0))
+            self._log_prior.check_smoothing(self.label_smoothing)
+        if class_weight is not None:
+            self._class_weight = ClassValues(numbers("class_weight", class_weight, count))
+        self.held_tensors()  # a copy to a GPU is not for the first loss, which a CUDA graph may capture
 
-    def _per_class(self, name: str, values: Any, absent: float | None = None) -> Tensor | None:
+    @property
+    def log_prior(self) -> Tensor | None:
+        """The logarithm of the class counts, (K,) on the device of the weight, or None. See the class."""
+        return self._on(self.weight, self._log_prior)
+
+    @log_prior.setter
+    def log_prior(self, value: Tensor | None) -> None:
+        self._log_prior = self._held_as("log_prior", value)
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """The factor of each class in the loss, (K,) on the device of the weight, or None. See the class."""
+        return self._on(self.weight, self._class_weight)
+
+    @class_weight.setter
+    def class_weight(self, value: Tensor | None) -> None:
+        self._class_weight = self._held_as("class_weight", value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module.register_parameter``. TypeError for the attributes that are no parameters."""
+        if name in ("log_prior", "class_weight"):
+            raise TypeError(
+                f"{name} cannot be a Parameter: set it to a tensor that is computed from one, or learn the bias instead"
+            )
+        super().register_parameter(name, param)
+
+    def held_tensors(self) -> list[Tensor]:
+        """The tensors that the loss reads beside parameters, which a captured graph holds by their addresses."""
+        return [t for t in (self.log_prior, self.class_weight) if t is not None]
+
+    def _held_as(self, name: str, value: object) -> ClassValues | None:
+        if value is None:
+            return None
+        checks.shape(name, checks.floating(name, value), (self.out_features,))
+        return ClassValues(value)  # type: ignore[arg-type]
+
+    def _on(self, x: Tensor, values: ClassValues | None) -> Tensor | None:
+        """The values on x's device, in fp32, or in fp64 for fp64 weights."""
         if values is None:
             return None
-        exact = torch.tensor(numbers(name, values, self.out_features, absent=absent), dtype=torch.float64, device="cpu")
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return exact.to(device=self.weight.device, dtype=dtype, copy=True)
+        return values.on(x, torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
 
     def forward(  # type: ignore[override]  # nn.Linear's takes no name but ``input``
         self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None
@@ -143,8 +189,9 @@ class SharedClassifier(nn.Linear):
 
         Raises:
             TypeError, ValueError: as :func:`fastbf.functional.linear_cross_entropy`.
-            RuntimeError: the module has forward pre-hooks (``torch.nn.utils.weight_norm`` and ``spectral_norm``), which
-                run in ``forward`` only; ``torch.nn.utils.parametrizations`` works.
+
+        If a call of the module runs more than the class's ``forward`` (hooks, ``torch.nn.utils.weight_norm``, a
+        ``forward`` of a subclass or of this object), the loss is that of the logits which such a call returns.
 
         Examples:
             >>> classifier = fastbf.SharedClassifier(32, 3)
@@ -153,10 +200,12 @@ class SharedClassifier(nn.Linear):
             >>> stats.accuracy.shape  # of the plain and of the mixed stream
             torch.Size([2])
         """
-        if has_forward_pre_hooks(self):
-            raise RuntimeError(
-                "SharedClassifier.loss runs no forward pre-hooks: use torch.nn.utils.parametrizations instead"
-            )
+        if isinstance(self._log_prior, LogCounts):
+            self._log_prior.check_smoothing(self.label_smoothing)
+            self._log_prior.check(checks.tensor("target", target), self.ignore_index)
+        reason = self.parent_reason()
+        if reason is not None:
+            return self._loss_of_logits(features, target, reason, reduction=reduction, stats=stats)
         weight = self.weight
         if (
             not isinstance(features, Tensor)
@@ -170,14 +219,44 @@ class SharedClassifier(nn.Linear):
             weight,
             target,
             linear_bias=self.bias,
-            weight=self.class_weight,
-            logit_bias=self.log_prior,
+            weight=self._on(features, self._class_weight),
+            logit_bias=self._on(features, self._log_prior),
             scale=self.scale,
             reduction=reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             stats=stats,
             backend=self.backend,
+        )
+
+    def parent_reason(self) -> str | None:
+        """Why the loss takes the logits that a call of the module returns, in a sentence; None if it does not."""
+        kind = type(self)
+        if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or "forward" in self.__dict__:
+            return "the classifier has a forward of its own."
+        if are_patched():
+            return "a class of torch has a forward of its own."
+        if has_hooks(self):
+            if has_own_hooks(self):
+                return "the classifier has hooks."
+            if "loss" not in self.__dict__ and type(self.weight) not in (Tensor, nn.Parameter):
+                return "FSDP holds a part of the weight here; register_fsdp_forward_method(classifier, 'loss') helps."
+        return None
+
+    def _loss_of_logits(
+        self, features: Tensor, target: Tensor, reason: str, *, reduction: str, stats: bool
+    ) -> Tensor | tuple[Tensor, functional.LossStats]:
+        choose(self.backend, self.op, checks.floating("features", features), obstacle=reason)  # raises for "triton"
+        logits = checks.floating("what forward returns", self(features))
+        return functional.cross_entropy(
+            logits,
+            target,
+            weight=self._on(logits, self._class_weight),
+            logit_bias=self._on(logits, self._log_prior),
+            reduction=reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            stats=stats,
         )
 
     def _check(self, x: object) -> Tensor:
@@ -192,3 +271,17 @@ class SharedClassifier(nn.Linear):
         if features.dtype != weight.dtype and autocast_dtype(features) is None:
             checks.dtype_of_weights("features", features, {"weight": weight})
         return features
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        prior = "class_counts" if isinstance(self._log_prior, LogCounts) else "log_prior"
+        for name, values in ((prior, self._log_prior), ("class_weight", self._class_weight)):
+            if values is not None:
+                parts.append(f"{name}={values}")
+        for name, default in (("label_smoothing", 0.0), ("ignore_index", -100), ("scale", 1.0), ("backend", "auto")):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        return ", ".join(parts)
+
+
+_FORWARD = SharedClassifier.forward

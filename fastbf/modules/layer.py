@@ -15,7 +15,7 @@ from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import group_of, known_name
 from fastbf.modules import layout
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import autocast_dtype, is_altered
+from fastbf.torch_state import are_patched, autocast_dtype, has_own_blocks, is_altered
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -136,7 +136,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         elif self._group is not None:
             raise ValueError(f"a layer with a process_group cannot serve this call: {reason}")
         if self._group is None:
-            head_dim = None if reason else self.self_attn.head_dim
+            head_dim = None if reason else self.self_attn.embed_dim // self.self_attn.num_heads
             backend = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
             # In evaluation the parent's inference path is quicker than the fused layer of the torch backend.
             if reason is not None or (backend.backend == "torch" and not self.training):
@@ -157,8 +157,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             >>> fork.shape, torch.equal(fork[:6], x)
             (torch.Size([12, 32]), True)
         """
-        unaltered = type(self).forward is BatchFormerLayer.forward and not is_altered(self)
-        if unaltered and x.shape[0] and self.parent_reason(x) is None:
+        kind = type(self)
+        called = kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or is_altered(self)
+        called = called or (self.self_attn.batch_first and x.dim() == 3)  # along the positions, not the batch
+        if not called and x.shape[0] and self.parent_reason(x) is None:
             weights = self._weights()
             if x.device != weights.in_proj_weight.device:
                 self._check(x)
@@ -181,6 +183,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         dropout, dropout1, dropout2 = self.dropout, self.dropout1, self.dropout2
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
+        if has_own_blocks(self):
+            return "the layer has an attention block or a feed-forward block of its own."
+        if are_patched():
+            return "a class of torch that the layer is made of has a forward of its own."
         if _activation_name(activation) is None:
             return "the activation is neither relu nor exact gelu."
         for m, kind in (
@@ -195,8 +201,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "a module inside the layer has hooks, or a forward of its own."
         if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
-        if not (norm1.elementwise_affine and norm2.elementwise_affine):
+        if norm1.weight is None or norm2.weight is None:
             return "a norm of the layer has no weight."
+        if not norm1.normalized_shape == norm2.normalized_shape == (attention.embed_dim,):
+            return "a norm of the layer does not normalise the channels alone."
         if not attention.dropout == dropout.p == dropout1.p == dropout2.p:
             return "the layer's dropouts have different rates."
         if not self.training == attention.training == dropout.training == dropout1.training == dropout2.training:
@@ -204,6 +212,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         if norm1.eps != norm2.eps:
             return "the layer's norms have different eps."
         return None
+
+    def extra_repr(self) -> str:
+        parts = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
+        return ", ".join(parts if self._group is None else [*parts, f"process_group={self._group!r}"])
 
     def _check(self, src: Tensor) -> None:
         channels, weight = self.self_attn.embed_dim, self.linear1.weight
@@ -250,3 +262,6 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         q, k, _ = reference.split_qkv(F.linear(x, w.in_proj_weight, w.in_proj_bias), self.self_attn.num_heads)
         k, _ = gathering.gather(k, self._group)
         return reference.attention_weights(q, k, scale=q.shape[-1] ** -0.5)
+
+
+_FORWARD = BatchFormerLayer.forward

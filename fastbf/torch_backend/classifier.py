@@ -225,46 +225,76 @@ def linear_cross_entropy(
     weight: Tensor | None, logit_bias: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy, else nothing."""
-    scale, reduction, ignore_index, label_smoothing, forked, stats = options
-    rows, num_classes, probabilities, x = input.shape[:-1], linear_weight.shape[0], target.is_floating_point(), input
+    scale, _, ignore_index, label_smoothing, _, stats = options
+    rows, num_classes, x = input.shape[:-1], linear_weight.shape[0], input
     if len(rows) > 1:
-        x, target = input.flatten(0, -2), target.flatten(0, -2 if probabilities else -1)
+        x, target = input.flatten(0, -2), _flat(target)
     if autocast_dtype(input) is None:
         dtype = loss_dtype(x.dtype, target, logit_bias)
     else:
         x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)  # type: ignore[assignment]
         dtype = compute_dtype(x.dtype)
-    kind: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     small = x.shape[0] * num_classes <= SMALL or target.requires_grad or (weight is not None and weight.requires_grad)
     if small or traced():
-        repeated = torch.cat([target, target]) if forked else target
-        unadjusted = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
-        logits = unadjusted if logit_bias is None else unadjusted + logit_bias
-        factor = None if weight is None else weight.to(logits.dtype)
-        if not stats:
-            result = F.cross_entropy(logits, repeated, factor, reduction=reduction, **kind)
-            result = result.view(rows) if reduction == "none" else result
-            return result if result.dtype == dtype else result.to(dtype), ()
-        loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
-        right = reference.correct(logits, unadjusted, repeated, ignore_index)
-    else:
-        compute = compute_dtype(x.dtype)
-        prior, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
-        keep = x.shape[0] * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
-        keep = keep and differentiated(x, linear_weight, linear_bias, prior)
-        targets = _Targets(target, factor, ignore_index, label_smoothing, num_classes)
-        with no_autocast(x):
-            loss, right = _LinearCrossEntropy.apply(
-                x, linear_weight, linear_bias, prior, targets, scale, stats, keep
-            )  # fmt: skip
+        logits = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
+        return _of_logits(logits, target, rows, options, weight, logit_bias, dtype)
+    compute = compute_dtype(x.dtype)
+    prior, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
+    keep = x.shape[0] * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
+    keep = keep and differentiated(x, linear_weight, linear_bias, prior)
+    targets = _Targets(target, factor, ignore_index, label_smoothing, num_classes)
+    with no_autocast(x):
+        loss, right = _LinearCrossEntropy.apply(x, linear_weight, linear_bias, prior, targets, scale, stats, keep)
+    return _reduced(loss, right, target, rows, options, weight, dtype)
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, options: LossOptions, *, weight: Tensor | None, logit_bias: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As :func:`linear_cross_entropy`, of logits (M, …, K), which the options' scale leaves alone."""
+    autocasts = autocast_dtype(logits) is not None
+    dtype = compute_dtype(logits.dtype) if autocasts else loss_dtype(logits.dtype, target, logit_bias)
+    flat = widened(logits.flatten(0, -2))
+    return _of_logits(flat, _flat(target), logits.shape[:-1], options, weight, logit_bias, dtype)
+
+
+def _flat(target: Tensor) -> Tensor:
+    """Class indices (N, …) as (N',), probabilities (N, …, K) as (N', K)."""
+    return target.flatten(0, -2 if target.is_floating_point() else -1)
+
+
+def _of_logits(
+    unadjusted: Tensor, target: Tensor, rows: torch.Size, options: LossOptions, weight: Tensor | None,
+    logit_bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The results, by PyTorch's own operators, from logits (M', K) without ``logit_bias``; ``rows`` is (M, …)."""
+    kind: dict[str, Any] = {"ignore_index": options.ignore_index, "label_smoothing": options.label_smoothing}
+    repeated = torch.cat([target, target]) if options.forked else target
+    logits = unadjusted if logit_bias is None else unadjusted + logit_bias
+    factor = None if weight is None else weight.to(logits.dtype)
+    if not options.stats:
+        result = F.cross_entropy(logits, repeated, factor, reduction=options.reduction, **kind)
+        result = result.view(rows) if options.reduction == "none" else result
+        return result if result.dtype == dtype else result.to(dtype), ()
+    loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
+    right = reference.correct(logits, unadjusted, repeated, options.ignore_index)
+    return _reduced(loss, right, target, rows, options, weight, dtype)
+
+
+def _reduced(
+    loss: Tensor, right: Tensor, target: Tensor, rows: torch.Size, options: LossOptions, weight: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The results from the loss of every row and ``reference.correct``."""
+    forked, ignore_index = options.forked, options.ignore_index
     norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
     denominator = norm.sum()  # of one stream
     denominator = torch.where(denominator == 0, torch.nan, denominator)  # NaN if no row counts, smoothed or not
-    result = loss.view(rows) if reduction == "none" else loss.sum()
-    result = (result / (denominator * (2 if forked else 1)) if reduction == "mean" else result).to(dtype)
-    if not stats:
+    result = loss.view(rows) if options.reduction == "none" else loss.sum()
+    result = (result / (denominator * (2 if forked else 1)) if options.reduction == "mean" else result).to(dtype)
+    if not options.stats:
         return result, ()
     streams = loss.detach().view(2 if forked else 1, -1)
-    counted = torch.ones_like(norm) if probabilities else (target != ignore_index).to(norm.dtype)
+    counted = torch.ones_like(norm) if target.is_floating_point() else (target != ignore_index).to(norm.dtype)
     accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()
     return result, (streams.sum(-1) / denominator.detach(), accuracy, unadjusted_accuracy)

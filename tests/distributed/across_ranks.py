@@ -429,3 +429,25 @@ def meetings(steps):
             x, y = batch(6)
             net(x, y).backward()
     return exchange.call_count
+
+
+def sharded_classifier(hooked, registered):
+    """How far loss and gradient of a classifier under FSDP2 are from those without."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    classifier = fastbf.SharedClassifier(8, 5, class_counts=[5, 4, 3, 2, 1])
+    x, y = torch.randn(6, 8), torch.arange(6) % 5
+    if hooked:
+        classifier.register_forward_hook(lambda module, args, out: out / 4)
+    expected = classifier.loss(x, y)
+    (gradient,) = torch.autograd.grad(expected, classifier.weight)
+    fully_shard(classifier, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    if registered:
+        register_fsdp_forward_method(classifier, "loss")
+    for _ in range(2):
+        classifier.zero_grad()
+        loss = classifier.loss(x, y)
+        loss.backward()
+    found = classifier.weight.grad.full_tensor()
+    return (loss - expected).abs().item(), (found - gradient).abs().max().item(), classifier.parent_reason()

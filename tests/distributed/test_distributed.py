@@ -350,3 +350,14 @@ def test_example(ranks):
         equal = attention == "global" or ranks == 1
         assert all((float(d) < 1e-5) == equal for d in differences)
     assert "global attention" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_classifiers_loss_under_fsdp2(worlds, size, hooked, registered):
+    """Registered as a method that FSDP gathers the weight for, or not; with hooks of the user's, or without."""
+    for loss, gradient, reason in worlds(size).run(work.sharded_classifier, hooked, registered):
+        assert loss < 1e-6
+        assert gradient < 1e-6
+        assert (reason is None) == (registered and not hooked)

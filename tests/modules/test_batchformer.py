@@ -153,3 +153,67 @@ def test_a_layer_that_is_listed_twice_runs_twice():
     former.layers[1] = former.layers[0]
     x = torch.randn(6, 32)
     torch.testing.assert_close(former(x)[6:], former.mix(x))
+
+
+class Scaled(fastbf.BatchFormer):
+    def mix(self, features):
+        return 3 * super().mix(features)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize("own", ["subclass", "instance", "class"])
+def test_an_overridden_mix_acts_in_training(own, forked, backend, monkeypatch):
+    former = (Scaled if own == "subclass" else fastbf.BatchFormer)(32, dropout=0.0, forked=forked, backend=backend)
+    x = torch.randn(6, 32)
+    plain, stream = x.chunk(2) if forked else (x, x)
+    if own == "instance":
+        mix = former.mix
+        former.mix = lambda features: 3 * mix(features)
+    elif own == "class":
+        mix = fastbf.BatchFormer.mix
+        monkeypatch.setattr(fastbf.BatchFormer, "mix", lambda self, features: 3 * mix(self, features))
+    torch.testing.assert_close(former(x), torch.cat([plain, 3 * former.layers[0](stream)]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def _warnings_anew(monkeypatch):
+    monkeypatch.setattr("fastbf.modules.batchformer._warned", set())
+
+
+@pytest.mark.usefixtures("_warnings_anew")
+@pytest.mark.parametrize("between", [lambda x: x, lambda x: x + 1])
+def test_a_fork_of_a_fork_warns_once(between):
+    first, second = fastbf.BatchFormer(32), fastbf.BatchFormer(32)
+    x, y = first(torch.randn(4, 32), torch.arange(4))
+    with pytest.warns(RuntimeWarning, match="forked again") as warned:
+        _ = [second(between(x), y) for _ in range(2)]
+    assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("_warnings_anew")
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_fork_of_a_fork_does_not_warn():
+    first, again = fastbf.BatchFormer(32), fastbf.BatchFormer(32, forked=True)
+    x, y = torch.randn(4, 32), torch.arange(4)
+    again(*first(x, y))
+    fastbf.BatchFormer(32)(x, y)
+    fork, _ = first(x, y)
+    first(fork[:4], y)
+    first.eval()(fork, y)
+
+
+@pytest.mark.usefixtures("_warnings_anew")
+def test_a_replica_without_targets_warns_once():
+    former, x = fastbf.BatchFormer(32), torch.randn(4, 32)
+    replicas = [former._replicate_for_data_parallel() for _ in range(2)]
+    replicas[0](x, torch.arange(4))
+    with pytest.warns(RuntimeWarning, match="DataParallel gathers") as warned:
+        _ = [replica(x) for replica in replicas]
+    assert len(warned) == 1
+
+
+def test_a_layer_that_has_the_batch_first_mixes_as_mix_does():
+    former, x = fastbf.BatchFormer(32, dropout=0.0), torch.randn(4, 3, 32)
+    former.layers[0].self_attn.batch_first = True
+    torch.testing.assert_close(former(x)[4:], former.mix(x))

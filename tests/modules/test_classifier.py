@@ -286,10 +286,99 @@ def test_low_precision_with_class_weights_on_every_path():
     assert weighted.dtype == torch.bfloat16
 
 
-def test_hooks_that_the_loss_would_skip_are_refused():
-    module = torch.nn.utils.spectral_norm(fastbf.SharedClassifier(C, K))
-    with pytest.raises(RuntimeError, match=r"use torch\.nn\.utils\.parametrizations"):
-        module.loss(torch.randn(N, C), torch.zeros(N, dtype=torch.long))
+class Cosine(fastbf.SharedClassifier):
+    def forward(self, x):
+        return 8 * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1), self.bias)
+
+
+def quartered(module):
+    module.register_forward_hook(lambda _, args, out: out / 4)
+    return module
+
+
+def of_the_instance(module):
+    module.forward = lambda x: F.linear(x, module.weight) ** 2
+    return module
+
+
+def halved_before(module):
+    module.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    return module
+
+
+EDITS = {
+    "hook": quartered,
+    "pre-hook": halved_before,
+    "forward of the instance": of_the_instance,
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "parametrized": torch.nn.utils.parametrizations.weight_norm,
+    "subclass": lambda module: Cosine(C, K, **module.given),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_loss_is_that_of_what_forward_gives(edit, soft, forked):
+    given = {"class_counts": range(1, K + 1), "class_weight": range(1, K + 1), "label_smoothing": 0.1}
+    given |= {"scale": 0.7, "dtype": torch.float64}
+    module = fastbf.SharedClassifier(C, K, **given)
+    module.given = given
+    module = edit(module).eval()  # spectral_norm changes with every training call
+    x, _, _, y = case(forked=forked, soft=soft, ignored=() if soft else (1,))
+    numbers = torch.arange(1, K + 1, dtype=torch.float64)
+    repeated = torch.cat([y, y]) if forked else y
+    options = {"weight": numbers, "label_smoothing": 0.1}
+    for reduction in ("mean", "sum", "none"):
+        ours = module.loss(x, y, reduction=reduction)
+        theirs = F.cross_entropy(module(x) + numbers.log(), repeated, reduction=reduction, **options)
+        assert_same(ours, theirs, (x, *module.parameters()) if "forward" not in vars(module) else (x, module.weight))
+    _, stats = module.loss(x, y, stats=True)
+    logits, labels = module(x).detach(), repeated.argmax(-1) if soft else repeated
+    for accuracy, z in ((stats.accuracy, logits + numbers.log()), (stats.unadjusted_accuracy, logits)):
+        hits = [(h == t)[t >= 0].double().mean() for h, t in zip(z.argmax(-1).chunk(2), labels.chunk(2), strict=True)]
+        torch.testing.assert_close(accuracy, torch.stack(hits) if forked else (z.argmax(-1) == labels)[labels >= 0]
+                                   .double().mean().view(1))  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", [quartered, of_the_instance])
+def test_explain_tells_why_the_loss_calls_the_module(edit):
+    module, x = fastbf.SharedClassifier(C, K, backend="triton"), torch.randn(N, C)
+    assert module.parent_reason() is None
+    reason = edit(module).parent_reason()
+    assert "of its own" in reason or "hooks" in reason
+    with pytest.raises(ValueError, match=reason):
+        module.loss(x, torch.zeros(N, dtype=torch.long))
+    assert fastbf.explain(module, x, backend="torch").backend == "torch"
+
+
+def test_a_patch_of_the_class_acts_in_the_loss(monkeypatch):
+    module, (x, _, _, y) = fastbf.SharedClassifier(C, K).double(), case()
+    before, forward = module.loss(x, y), torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: forward(self, x) * 3)
+    torch.testing.assert_close(module.loss(x, y), F.cross_entropy(3 * F.linear(x, module.weight, module.bias), y))
+    assert not torch.equal(module.loss(x, y), before)
+    monkeypatch.undo()
+    assert torch.equal(module.loss(x, y), before)
+
+
+def test_parametrizations_train():
     module = torch.nn.utils.parametrizations.spectral_norm(fastbf.SharedClassifier(C, K))
+    assert module.parent_reason() is None
     module.loss(torch.randn(N, C), torch.zeros(N, dtype=torch.long)).backward()
     assert module.parametrizations.weight.original.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [N, 2000])
+@pytest.mark.parametrize("ignore_index", [0, 3])
+def test_ignored_classes_and_probabilities_exclude_each_other(size, ignore_index, monkeypatch):
+    """As in ``F.cross_entropy``, at every size."""
+    monkeypatch.setattr(chunked_classifier, "SMALL", 1000)
+    x, w, _, y = case(soft=True, n=size)
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        written_out(x, w, y, ignore_index=ignore_index)
+    for backend in ("torch", "triton") if size == N else ("torch",):
+        with pytest.raises(ValueError, match="ignore_index must be negative"):
+            linear_cross_entropy(x.float(), w.float(), y.float(), ignore_index=ignore_index, backend=backend)

@@ -224,3 +224,52 @@ def test_full_dropout_leaves_the_residual():
     twice = F.layer_norm(F.layer_norm(x, (24,)), (24,))
     torch.testing.assert_close(ours(x), twice)
     assert ours(x).sum().isfinite()
+
+
+def half_attention(kind):
+    def block(self, x, *args, **kwargs):
+        return 0.5 * kind._sa_block(self, x, *args, **kwargs)
+
+    return type("Own", (kind,), {"_sa_block": block})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("where", ["subclass", "instance", "before convert", "patched class"])
+def test_overridden_internals_act(where, training, monkeypatch):
+    ours, theirs = pair()
+    if where == "subclass":
+        ours.__class__, theirs.__class__ = (half_attention(type(layer)) for layer in (ours, theirs))
+    elif where == "patched class":
+        forward = nn.MultiheadAttention.forward
+        monkeypatch.setattr(
+            nn.MultiheadAttention,
+            "forward",
+            lambda self, *args, **kwargs: (forward(self, *args, **kwargs)[0] / 2, None),
+        )
+    else:
+        if where == "before convert":
+            ours = copy.deepcopy(theirs)
+        for layer in (ours, theirs):
+            layer._ff_block = lambda x: torch.sin(x)
+        assert fastbf.convert(ours) == (where == "before convert")
+    assert "of its own" in ours.parent_reason()
+    x = features(5, 24)
+    torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
+    former = fastbf.BatchFormer(24, dtype=torch.float64)
+    former.layers[0] = ours.train()
+    torch.testing.assert_close(former(x), torch.cat([x, theirs(x)]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_that_are_not_of_the_channels_alone(training):
+    x = features(5, 1, 24)
+    for change in (
+        lambda layer: setattr(layer.norm1, "weight", None),
+        lambda layer: setattr(layer, "norm2", nn.LayerNorm((1, 24), dtype=torch.float64)),
+    ):
+        ours, theirs = pair()
+        for layer in (ours, theirs):
+            change(layer.train(training))
+        assert "norm of the layer" in ours.parent_reason()
+        with torch.enable_grad():
+            torch.testing.assert_close(ours.train()(x), theirs.train()(x))
