@@ -141,7 +141,7 @@ def _obstacle(
     elif op not in ("activation_dropout", "linear_cross_entropy"):
         channels = channels or x.shape[-1]
     if transformed():
-        return "a transform of torch.func is active, which sees through PyTorch's operators only."
+        return "a transform of torch.func or forward-mode AD is active, which see through PyTorch's operators only."
     if x.device.type == "cuda":
         obstacle = _gpu_obstacle(x.device)
         if obstacle is not None:

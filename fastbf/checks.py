@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastbf.reference import LayerWeights
-from fastbf.torch_state import autocast_dtype
+from fastbf.torch_state import autocast_dtype, has_values, jit_traced
 
 T = TypeVar("T")
 
@@ -107,8 +107,10 @@ def finite(name: str, value: object) -> float:
 
 
 def integer(name: str, value: object) -> int:
-    if type(value) is int:
-        return value
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # a size that a tracer leaves open counts as a number
+    if isinstance(value, Tensor) and jit_traced():
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return int(value)
@@ -184,7 +186,7 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
 
 def index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Checks class indices where that waits for nothing: on CPU."""
-    if target.device.type == "cpu" and not target.is_floating_point() and not torch.compiler.is_compiling():
+    if target.device.type == "cpu" and not target.is_floating_point() and has_values(target):
         class_indices(target, num_classes, ignore_index)
 
 

@@ -502,7 +502,22 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """As :func:`linear_cross_entropy`, of logits (M, …, K) that are there already; by PyTorch on every device."""
+    """As :func:`linear_cross_entropy`, of logits that are there already; by PyTorch on every device.
+
+    Args:
+        logits: (M, …, K), floating point.
+        target, weight, logit_bias, reduction, ignore_index, label_smoothing, stats: as there.
+
+    Returns:
+        The loss, or with ``stats`` the pair (loss, :class:`LossStats`).
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_cross_entropy`.
+
+    Examples:
+        >>> fastbf.functional.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1])).item()
+        0.6931471824645996
+    """
     checks.floating("logits", logits)
     checks.min_rank("logits", logits, 2, "(M, …, K)")
     num_classes = logits.shape[-1]

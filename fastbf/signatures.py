@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def recall(key: Signature | None) -> Any:
 
 def remember(key: Signature | None, value: Any) -> None:
     """Remembers what holds for every call of a signature."""
-    if key is not None:
+    if key is None:
+        return
+    with suppress(TypeError):  # a size that a tracer leaves open has no hash
         _found[key] = value
-        if len(_found) > MOST:
-            _found.pop(next(iter(_found)), None)
+    if len(_found) > MOST:
+        _found.pop(next(iter(_found)), None)
 
 
 def forget() -> None:

@@ -116,10 +116,15 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     _check_module(module)
     removed = BatchFormer | PassThrough
     empty = nn.Identity if plain else PassThrough
-    if isinstance(module, removed):
-        return empty().train(module.training)
     # A module with two names is replaced under both. In reverse order inner modules come first.
     for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
-        if isinstance(child, removed):
+        if isinstance(child, removed) or _compiled(child, empty):
+            if not name:
+                return empty().train(child.training)
             module.set_submodule(name, empty().train(child.training))
     return make_plain(module) if plain else module
+
+
+def _compiled(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is ``torch.compile`` of one that is now of a kind; its graph is still the old one's."""
+    return isinstance(dict(module.named_children()).get("_orig_mod"), kind)

@@ -13,12 +13,15 @@ from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+import torch.fx
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch, _pytree
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 #: The class of modes that see every operator of a thread, and an operator's. Documented, but for where they lie.
 DispatchMode: Any = _python_dispatch.TorchDispatchMode
@@ -81,8 +84,11 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def traced() -> bool:
-    """Whether ``torch.compile`` or a transform of ``torch.func`` is active; both see PyTorch's operators only."""
-    return torch.compiler.is_compiling() or transformed()
+    """Whether a compiler, a transform of ``torch.func``, forward-mode AD or ``torch.jit.trace`` is at work.
+
+    They see PyTorch's operators only.
+    """
+    return torch.compiler.is_compiling() or transformed() or jit_traced()
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
@@ -113,13 +119,50 @@ def traced_as_constant(function: AnyFunction) -> AnyFunction:
 
 @traced_as_constant
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active, which sees PyTorch's operators only. Public substitute: none."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` or forward-mode AD is active, which see PyTorch's operators only.
+
+    Public substitute: none.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_fake(x: Tensor) -> bool:
     """Whether x has a shape but no values, as under ``FakeTensorMode``. Public substitute: none."""
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, torch._subclasses.FakeTensor)
+
+
+def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a module in the graph of ``torch.fx.symbolic_trace``, as of a module of torch; None if there is none.
+
+    Modules of torch are leaves of such graphs. Ours have control flow that a tracer cannot follow.
+    """
+    proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)), None)
+    if proxy is None:
+        return None
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for a batch of tensors, as gradients do with ``is_grads_batched``. Public substitute: none."""
+    return torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+def jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` is at work, to which sizes are tensors. Public substitute: ``torch.jit.is_tracing``,
+    in Python.
+    """
+    return torch._C._is_tracing()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the numbers in x can be looked at here: not while a compiler, a transform or a tracer is at work.
+
+    Public substitute: none that tells of modes and of ``FakeTensor``.
+    """
+    if torch.compiler.is_compiling() or transformed() or jit_traced():
+        return False
+    return x.device.type != "meta" and not is_fake(x) and not torch._C._len_torch_dispatch_stack()
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import is_replica
+from fastbf.torch_state import as_leaf, is_replica
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -194,6 +194,8 @@ class BatchFormer(nn.Module):
         """
         if not self.training:
             return (features, *targets) if targets else features
+        if not isinstance(features, Tensor) and (leaf := as_leaf(self, features, *targets)) is not None:
+            return leaf
         dims = batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
         if not self.forked:

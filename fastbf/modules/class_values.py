@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fastbf.torch_state import is_fake, traced_as_constant, transformed, version
+from fastbf.torch_state import has_values, is_fake, traced_as_constant, transformed, version
 
 
 class ClassValues:
@@ -121,9 +121,7 @@ class LogCounts(ClassValues):
                 f"class_counts must be positive where targets are probabilities, got 0 for class {self.empty[0]}: "
                 "the loss of every row would be NaN"
             )
-        if self.warned or target.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
-            return
-        if is_fake(target):
+        if self.warned or target.device.type != "cpu" or not has_values(target):
             return
         found = target[torch.isin(target, torch.tensor(self.empty, device=target.device)) & (target != ignore_index)]
         if len(found):

@@ -13,7 +13,7 @@ from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, autocast_dtype, has_hooks, has_own_hooks
+from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -157,7 +157,10 @@ class SharedClassifier(nn.Linear):
                 f"a call of SharedClassifier takes features alone, got {1 + len(targets)} arguments: the loss of "
                 "features and targets is classifier.loss(features, target)"
             )
-        x = self._check(checks.either("features", features, "input", input))
+        x = checks.either("features", features, "input", input)
+        if not isinstance(x, Tensor) and (leaf := as_leaf(self, x)) is not None:
+            return leaf
+        x = self._check(x)
         return reference.class_logits(super().forward(x), self.scale, None)
 
     @overload

@@ -15,7 +15,7 @@ from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import group_of, known_name
 from fastbf.modules import layout
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, autocast_dtype, has_own_blocks, is_altered
+from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_own_blocks, is_altered
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -127,6 +127,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             >>> layer(torch.randn(1, 6, 32)).shape  # 6 samples that attend to each other
             torch.Size([1, 6, 32])
         """
+        if not isinstance(src, Tensor):
+            leaf: Any = as_leaf(self, src, src_mask, src_key_padding_mask, is_causal)
+            if leaf is not None:
+                return leaf
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
         checks.floating("src", src)
         reason = "the call has an attention mask." if masked else self.parent_reason(src)

@@ -26,7 +26,7 @@ from torch.autograd import Function
 from fastbf import reference
 from fastbf.dropout import Dropout, attention_mask, draw_seed
 from fastbf.precision import compute_dtype
-from fastbf.torch_state import autocast_dtype, no_autocast
+from fastbf.torch_state import autocast_dtype, is_batched, no_autocast
 
 #: Scores in a piece. On a GPU a piece bounds memory, and is large enough for a launch to fill the machine.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
@@ -150,8 +150,9 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         *qkv, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(ctx, do, qkv, kept)
+        if torch.is_grad_enabled() or is_batched(do):
+            with torch.enable_grad():
+                return None, None, None, *_differentiable(ctx, do, qkv, kept)
         with no_autocast(do):
             dtype = ctx.call.dropout.dtype
             qkv = [t.to(dtype) for t in qkv]

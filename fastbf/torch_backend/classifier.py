@@ -19,7 +19,7 @@ from fastbf import reference
 from fastbf.precision import chunk_elements, compute_dtype, loss_dtype, widened
 from fastbf.reference import LossOptions
 from fastbf.torch_backend.matmul import linear, mm
-from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, no_autocast, traced
+from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, is_batched, no_autocast, traced
 
 # The least number of rows in a matrix product.
 _MIN_ROWS = 512
@@ -115,8 +115,9 @@ class _LinearCrossEntropy(Function):
         *inputs, _, _, kept = ctx.saved_tensors
         x, linear_weight, linear_bias, logit_bias = inputs
         needs, targets, scale, rest = ctx.needs_input_grad[:4], ctx.targets, ctx.scale, [None] * 4
-        if torch.is_grad_enabled():
-            return *_differentiable(inputs, needs, targets, scale, grad), *rest
+        if torch.is_grad_enabled() or is_batched(grad):
+            with torch.enable_grad():
+                return *_differentiable(inputs, needs, targets, scale, grad), *rest
         in_place = kept is not None and donated(x)
         chunks = [range(x.shape[0])] if in_place else list(_products(x, linear_weight.shape[0]))
         room = None if kept is None or in_place else x.new_empty(len(chunks[0]), linear_weight.shape[0])
@@ -234,8 +235,8 @@ def linear_cross_entropy(
     else:
         x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)  # type: ignore[assignment]
         dtype = compute_dtype(x.dtype)
-    small = x.shape[0] * num_classes <= SMALL or target.requires_grad or (weight is not None and weight.requires_grad)
-    if small or traced():
+    plain = traced() or target.requires_grad or (weight is not None and weight.requires_grad)
+    if plain or x.shape[0] * num_classes <= SMALL:
         logits = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
         return _of_logits(logits, target, rows, options, weight, logit_bias, dtype)
     compute = compute_dtype(x.dtype)

@@ -58,7 +58,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) · b (K, N) → (M, N). Differentiable where autograd records."""
-    if a.numel() * b.shape[1] < _LARGE or torch.is_grad_enabled() or not _onednn(a, b.mT):
+    if torch.is_grad_enabled() or a.numel() * b.shape[1] < _LARGE or not _onednn(a, b.mT):
         return torch.mm(a, b)
     return _product(a, b.mT, None)
 
@@ -84,6 +84,6 @@ class _Linear(Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
-    if x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
+    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)

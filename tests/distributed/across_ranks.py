@@ -451,3 +451,13 @@ def sharded_classifier(hooked, registered):
         loss.backward()
     found = classifier.weight.grad.full_tensor()
     return (loss - expected).abs().item(), (found - gradient).abs().max().item(), classifier.parent_reason()
+
+
+def under_a_default_device(sizes):
+    """What a layer across ranks gives under ``torch.set_default_device``, and without."""
+    former = fastbf.BatchFormer(16, dropout=0.0, process_group=dist.group.WORLD)
+    x = torch.randn(sizes[dist.get_rank()], 16)
+    expected = former(x)
+    with torch.device("meta"):
+        found = former(x)
+    return found.detach(), expected.detach()

@@ -361,3 +361,8 @@ def test_a_classifiers_loss_under_fsdp2(worlds, size, hooked, registered):
         assert loss < 1e-6
         assert gradient < 1e-6
         assert (reason is None) == (registered and not hooked)
+
+
+def test_a_default_device(worlds):
+    for found, expected in worlds(2).run(work.under_a_default_device, (3, 4)):
+        assert torch.equal(found, expected)
