@@ -5,17 +5,9 @@
 Trains the network of ``long_tailed.py`` with BatchFormer and Balanced Softmax and sends test images through
 ``BatchFormer.attention_map``, in balanced batches, without dropout. Which digit is rare is drawn anew for every seed:
 digits that look alike would show by digit, rare classes that borrow from frequent ones by rank of class size. Prints
-tables, both arms on the features of the trained network, BatchFormer's weights before and after; saves a picture.
-
-What comes out: in so small a network attention learns next to nothing. With ten seeds on a CPU other samples of the own
-class get 98.9 ± 1.7 percent of even attention. A single seed's map has a pattern, but hardly another one than with the
-random weights that BatchFormer began with, and the mean over seeds has hardly more of it than chance. At the rate of
-all other parameters and with 400 epochs instead of 100 (four seeds) maps only become more even: their spread is 10.8
-percent of even attention instead of 21.9. What does bear out the paper's argument (section 3) is the gradient: of what
-mixed losses send to a sample's features, 71.5 ± 0.7 percent comes from other samples' losses, and at many-shot classes
-72.9 ± 2.5 from those of the few-shot classes, three tenths of these batches, alone: their losses are the largest. So
-they do reach frequent classes' features, by attention that hardly chooses. In training, few-shot classes are 12 of 337
-images; what they send there was not measured.
+tables, both arms on the features of the trained network, BatchFormer's weights before and after; saves a picture of
+whose losses the gradient at a sample comes from, which is what the paper argues with (section 3). Test batches are
+balanced and training batches are not: what rare classes send there is not measured. docs/examples.md has the results.
 """
 
 from __future__ import annotations
