@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
         "--steps": {"type": int, "default": 400, "help": "of training, a multiple of ten"},
         "--sizes": {"type": int, "nargs": "+", "default": SIZES, "help": "training images of each class"},
     }
-    args = arguments(__doc__, argv, seeds=8, options=options)
+    args = arguments(__doc__, argv, seeds=5, options=options)
     device, seeds = args.device, range(args.seeds)
     sizes, steps = (SIZES, 100) if args.quick else (args.sizes, args.steps)
     introduce(fastbf.BatchFormer(CHANNELS, device=device), torch.empty(BATCH, 17, CHANNELS, device=device))
