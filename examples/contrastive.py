@@ -5,7 +5,7 @@
 MoCo v3 in small: two augmented views of every image, a momentum encoder that makes the keys, InfoNCE over the batch,
 symmetric over the views. BatchFormer stands before the projector, as in the paper's code, and only while the encoder is
 trained, without labels. Then a linear probe: logistic regression on the frozen features, with few labels and with all.
-Prints accuracies with standard errors and paired differences, saves a picture.
+Prints accuracies and paired differences with their intervals, saves a picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from experiment import FOOTNOTE, arguments, introduce, mean_and_error, run_all, table
+from comparison import FOOTNOTE, Mean, table
+from experiment import arguments, introduce, run_all
 from plots import WITH, WITHOUT, plt
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -157,16 +158,16 @@ def draw(path: Path, pixels: np.ndarray, without: np.ndarray, mixed: np.ndarray)
         (without, WITHOUT, "s", "without"),
         (mixed, WITH, "o", "with BatchFormer"),
     ):
-        mean, error = np.array([mean_and_error(v) for v in values.T]).T
+        mean, error = np.array([Mean.of(v) for v in values.T]).T
         ax.errorbar(LABELS, mean, error, color=colour, marker=marker, capsize=3, lw=1.8, label=label)
-    mean, error = np.array([mean_and_error(v) for v in (mixed - without).T]).T
+    mean, error = np.array([Mean.of(v) for v in (mixed - without).T]).T
     difference.axhline(0, color="#666666", lw=1)
-    difference.errorbar(LABELS, mean, 2 * error, color=WITH, marker="o", capsize=3, lw=1.8)
+    difference.errorbar(LABELS, mean, error, color=WITH, marker="o", capsize=3, lw=1.8)
     ax.set_ylabel("test accuracy of a linear probe, percent")
-    ax.set_title(f"mean and standard error of {len(mixed)} seeds", fontsize=10)
+    ax.set_title(f"mean and 95 % interval of {len(mixed)} seeds", fontsize=10)
     ax.legend(loc="lower right")
     difference.set_ylabel("with BatchFormer minus without, points")
-    difference.set_title("paired difference, ± two standard errors", fontsize=10)
+    difference.set_title("paired difference and its 95 % interval", fontsize=10)
     for panel in (ax, difference):
         panel.set_xscale("log")
         panel.set_xticks(LABELS, [str(n) for n in LABELS])
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     without, mixed = (np.stack([results[Run(arm, seed)] for seed in range(args.seeds)]) for arm in (False, True))
     raw = load_digits().data
     pixels = np.stack([probe(raw, seed) for seed in range(args.seeds)])
-    print(f"\ntest accuracy in percent of a linear probe, mean ± standard error over {args.seeds} seeds\n")
+    print(f"\ntest accuracy in percent of a linear probe, means over {args.seeds} seeds\n")
     print("\n".join(table("labels per class", {str(n): (without[:, i], mixed[:, i]) for i, n in enumerate(LABELS)})))
     print("  raw pixels for comparison: " + ", ".join(f"{v:.1f}" for v in pixels.mean(0)) + "\n")
     print("\n".join(FOOTNOTE))

@@ -1,4 +1,4 @@
-"""What the examples share: arguments, seeds side by side, paired differences and the table that shows them."""
+"""What the examples share to run: arguments, what they run on, and jobs side by side."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -22,15 +22,6 @@ from fastbf.environment import device_name
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-#: A difference of two arms, in the words that their standard error allows.
-FOOTNOTE = (
-    "Differences are paired: both arms of a seed share data, initial weights and batches. Only a",
-    "difference of more than two standard errors is called a gain or a LOSS.",
-)
-
-#: For a difference that is clearly above 0, clearly below, and neither.
-WORDS = ("gain", "LOSS", "no clear gain")
 
 
 def arguments(
@@ -49,23 +40,26 @@ def arguments(
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--seeds", type=int, default=seeds, help="at least 2")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="two seeds and little training: for tests")
+    parser.add_argument("--quick", action="store_true", help="two seeds and little training: proves nothing, for tests")
     for name, settings in (options or {}).items():
         parser.add_argument(name, **settings)
     args = parser.parse_args(argv)
     if args.seeds < 2:
-        parser.error(f"--seeds must be at least 2 for standard errors, got {args.seeds}")
+        parser.error(f"--seeds must be at least 2 for an interval, got {args.seeds}")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     args.device = torch.device(name)
     args.seeds = 2 if args.quick else args.seeds
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.quick:
+        print("--quick: two seeds and little training show that this runs. Its numbers prove nothing.")
     return args
 
 
 def introduce(module: nn.Module, features: torch.Tensor) -> None:
-    """Prints versions, the device, and which backend a module of fastbf takes for such features."""
+    """Prints versions, the date, the device, and which backend a module of fastbf takes for such features."""
     device = features.device
-    print(f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    versions = f"fastbf {fastbf.__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{versions}, {date.today()}")
     print(f"device                  {device.type}: {device_name(device)}")
     print(f"backend of {type(module).__name__:<12} {fastbf.explain(module, features)}")
 
@@ -93,37 +87,3 @@ def run_all(
 def _one_thread(function: Callable[[Job, torch.device], Result], job: Job) -> Result:
     torch.set_num_threads(1)
     return function(job, torch.device("cpu"))
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
-    return values.mean(), values.std(ddof=1) / len(values) ** 0.5
-
-
-def verdict(mean: float, error: float, words: Sequence[str] = WORDS) -> str:
-    """What the paired difference allows one to say: of ``words`` that for more, for less, or for neither."""
-    if abs(mean) <= 2 * error:
-        return words[2]
-    return words[0] if mean > 0 else words[1]
-
-
-def table(
-    title: str,
-    rows: dict[str, tuple[np.ndarray, np.ndarray]],
-    arms: tuple[str, str] = ("without", "with"),
-    words: Sequence[str] = WORDS,
-) -> list[str]:
-    """Lines that compare two arms.
-
-    Args:
-        title: what the first column names.
-        rows: (seeds,) without BatchFormer and (seeds,) with it, in percent, larger is better, by name.
-        arms: titles of the two columns, where they are others.
-        words: for a difference that is clearly above 0, clearly below, and neither.
-    """
-    lines = [f"  {title:<28}{arms[0]:>14}{arms[1]:>14}{'difference':>16}"]
-    for name, (without, mixed) in rows.items():
-        cells = [mean_and_error(values) for values in (without, mixed, mixed - without)]
-        texts = [f"{m:.1f} ± {e:.1f}" for m, e in cells[:2]] + [f"{cells[2][0]:+.1f} ± {cells[2][1]:.1f}"]
-        lines.append(f"  {name:<28}{texts[0]:>14}{texts[1]:>14}{texts[2]:>16}   {verdict(*cells[2], words)}")
-    return lines

@@ -23,7 +23,7 @@ def test_quick_run(tmp_path):
     title = next(i for i, line in enumerate(lines) if line.split()[:3] == ["labels", "per", "class"])
     rows = [line.split() for line in lines[title + 1 : title + 5]]
     assert [row[0] for row in rows] == ["1", "5", "20", "120"]
-    assert all(row[-1] in ("gain", "LOSS") for row in rows)
+    assert all(row[-1] == "verdict" for row in rows)
     assert all(len(line) <= 100 for line in lines[title : title + 5])
     for arm in (1, 4):  # without, with
         accuracy = [float(row[arm]) for row in rows]

@@ -38,7 +38,7 @@ def test_quick_run(tmp_path):
     title = next(i for i, line in enumerate(lines) if line.split()[:2] == ["training", "images"])
     row = lines[title + 1].split()
     assert row[0] == "40"
-    assert row[-1] in ("gain", "LOSS")
+    assert row[-1] == "verdict"
     assert len(lines[title + 1]) <= 100
     for arm in (1, 4):  # without, with
         assert float(row[arm]) > 20  # chance is 10
