@@ -155,6 +155,11 @@ def jit_traced() -> bool:
     return torch._C._is_tracing()
 
 
+def watched() -> bool:
+    """Whether a mode sees every operator of this thread: a counter of FLOPs, fake tensors. Public substitute: none."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def has_values(x: Tensor) -> bool:
     """Whether the numbers in x can be looked at here: not while a compiler, a transform or a tracer is at work.
 
@@ -162,7 +167,7 @@ def has_values(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or transformed() or jit_traced():
         return False
-    return x.device.type != "meta" and not is_fake(x) and not torch._C._len_torch_dispatch_stack()
+    return x.device.type != "meta" and not is_fake(x) and not watched()
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

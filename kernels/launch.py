@@ -1,6 +1,7 @@
 """What launchers share: the launch, operators for ``torch.compile``, and arguments of dropout."""
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -155,6 +156,11 @@ def _flat(name: str, kind: Any) -> dict[str, Any]:
     return {f"{name}_{field}": of_field for field, of_field in get_type_hints(kind).items()}
 
 
+def _newest(module: str, launcher: str, *values: Any) -> None:
+    """What an operator does: the launcher as its module has it, which may have been imported once more."""
+    getattr(sys.modules[module], launcher).as_operator(*values)
+
+
 def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Makes a launcher one operator in the graphs of ``torch.compile``. An eager call runs the launcher itself.
 
@@ -182,9 +188,10 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             return_annotation=None,
         )
         name = f"{launcher.__module__.rpartition('.')[2]}_{launcher.__name__.lstrip('_')}"
-        if not hasattr(torch.ops.fastbf, name):  # a module that is imported once more finds its operators
+        if not hasattr(torch.ops.fastbf, name):  # else its module is imported once more
             torch.library.define(f"fastbf::{name}", torch.library.infer_schema(run, mutates_args=writes))
-            torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(run)
+            newest = partial(_newest, launcher.__module__, launcher.__name__)
+            torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(newest)
             torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
         registered = getattr(torch.ops.fastbf, name).default
 
@@ -197,6 +204,7 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             groups = ([given[name]] if name in names else given[name] for name, names in flat.items())
             registered(*(value for group in groups for value in group))
 
+        call.__dict__["as_operator"] = run
         return call
 
     return register

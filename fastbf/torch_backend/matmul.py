@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
-from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
+from fastbf.torch_state import has_onednn_linear, onednn_linear, traced, watched
 
 # oneDNN is quicker for products of this many multiplications or more.
 _LARGE = 2e7
@@ -44,6 +44,7 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and not traced()
+        and not watched()  # by a counter of FLOPs, which knows no operator of oneDNN
         and _suits_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")

@@ -14,7 +14,7 @@ from fastbf.backend import unbuilt
 from fastbf.kernels.launch import BuildError
 from fastbf.kernels.limits import Limits, device_limits
 from fastbf.kernels.rows import Rows
-from fastbf.torch_state import traced_as_constant
+from fastbf.torch_state import is_batched, traced_as_constant
 
 
 def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
@@ -23,6 +23,11 @@ def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gr
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> Gradients:
+            if is_batched(grads[0]):
+                raise RuntimeError(
+                    f"the Triton kernels of {op} take one gradient at a time: use backend='torch' for is_grads_batched "
+                    "and jacobian(vectorize=True)"
+                )
             try:
                 return backward(ctx, *grads)
             except BuildError as error:

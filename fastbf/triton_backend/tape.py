@@ -54,7 +54,7 @@ def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
     """
-    if what not in _tapes or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or what not in _tapes:
         return None
     first: Any = tensors[0]
     stream = stream_for(first.device)
