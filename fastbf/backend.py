@@ -134,7 +134,7 @@ def _obstacle(
     if not _installed():
         return "triton is not installed."
     if not tensors:
-        return f"no tensors were given, and the kernels of {op} do not serve all."
+        return f"the kernels of {op} do not serve all tensors: give those of the call."
     x = tensors[0]
     if op == "batch_attention":
         head_dim = x.shape[-1]
@@ -200,7 +200,7 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
     Args:
         what: the name of a function of ``fastbf.functional``, or a ``BatchFormer``, ``BatchFormerLayer`` or
             ``SharedClassifier``.
-        tensors: the tensors it would be called with.
+        tensors: the tensors it would be called with, a layer's masks among them.
         backend: "auto", "triton" or "torch"; None is the module's own setting, or "auto" for a function.
 
     Returns:
@@ -217,10 +217,19 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
     if isinstance(what, nn.Module):
         op = getattr(what, "op", None)
         if op not in OPS:
-            raise TypeError(f"what must be the name of a function or a module of fastbf, got {type(what).__name__}")
+            raise TypeError(
+                f"what must be the name of a function or a module of fastbf, got {type(what).__name__}: give one of "
+                "fastbf's modules in it; convert makes some of layers of torch"
+            )
+        if op == "encoder_layer" and hasattr(what, "mix") and not what.training:
+            return Choice("torch", "a BatchFormer in evaluation mode returns its input, and nothing runs.")
         parts: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
         reason = next(filter(None, (part.parent_reason() for part in parts)), None)
         attention = getattr(parts[0], "self_attn", None) if parts else None
+        if op == "encoder_layer":
+            if reason is None and what is parts[0] and any(mask is not None for mask in tensors[1:]):
+                reason = "the call has an attention mask."
+            tensors = tensors[:1]  # the others are masks or targets
         return choose(
             backend or str(what.backend),
             op,

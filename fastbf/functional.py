@@ -317,6 +317,7 @@ def encoder_layer(
         options = LayerOptions(num_heads, activation, norm_first, checks.finite("eps", eps), p)
     else:
         choice, options = known
+        choice = backend if isinstance(backend, Choice) else choice  # equal choices may differ in who made them
     if plain is not None and plain is not x:
         checks.shape("plain", plain, tuple(x.shape))
         checks.same_device("x", x, {"plain": plain})

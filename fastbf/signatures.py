@@ -31,7 +31,7 @@ def signature(x: Tensor, tensors: Sequence[Tensor | None], *others: Any) -> Sign
     if torch.compiler.is_compiling():
         return None
     try:
-        size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        size, of_tensors = x.shape, [None if t is None else (t.shape, t.dtype, t.device, type(t)) for t in tensors]
         of_x = len(size), 0 in size, size[-1], x.dtype, x.device, x.layout, type(x)
     except (AttributeError, IndexError, RuntimeError):  # not all of them are tensors, or one is nested
         return None
@@ -53,7 +53,8 @@ def remember(key: Signature | None, value: Any) -> None:
     with suppress(TypeError):  # a size that a tracer leaves open has no hash
         _found[key] = value
     if len(_found) > MOST:
-        _found.pop(next(iter(_found)), None)
+        with suppress(StopIteration, RuntimeError):  # another thread was quicker
+            _found.pop(next(iter(_found)), None)
 
 
 def forget() -> None:

@@ -62,8 +62,9 @@ def noted(observe: Callable[[Launched], None]) -> Iterator[None]:
 
 def stream_for(device: torch.device) -> int | None:
     """The current stream; None where a launch takes the long way: on another device, or with a profiler's hooks."""
-    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-        return None
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if getattr(hook, "calls", hook):  # Triton allows None
+            return None
     if _INTERPRETED:
         return 0
     current = driver.active.get_current_device()

@@ -80,7 +80,7 @@ CASES = [
     (lambda: former()(X, Y[:4]), ValueError, "targets must have one entry for each of the 6 samples, got 4"),
     (lambda: former()(X, [1, 2]), ValueError, "targets must have one entry for each of the 6 samples, got 2"),
     (lambda: former()(X, torch.tensor(1)), ValueError, "targets must have one entry"),
-    (lambda: former()(X, {"a": 1}), TypeError, "targets must be tensors, lists or tuples, got dict"),
+    (lambda: former()(X, {"a": 1}), TypeError, "targets must be tensors, lists, tuples or None, got dict as targets"),
     (lambda: former(forked=True)(X[:5]), ValueError, "features must hold both streams along batch_dim=0, got 5"),
     (lambda: former()(X.to("meta")), ValueError, "src must be on the device of the weights, cpu, got meta"),
     # BatchFormerLayer.forward

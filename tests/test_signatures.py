@@ -120,3 +120,35 @@ def test_bounded(monkeypatch):
     for width in range(1, 20):
         functional.linear_cross_entropy(**loss_arguments(linear_weight=torch.randn(K + width, C)))
     assert len(signatures._found) == 5
+
+
+class Doubled(torch.Tensor):
+    """A tensor that kernels do not see through."""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_types_of_tensors_count(first):
+    plain = loss_arguments(backend="triton")
+    other = {**plain, "linear_weight": plain["linear_weight"].as_subclass(Doubled)}
+    for arguments in ([plain, other] if first else [other, plain]) * 2:
+        if arguments is other:
+            assert "Doubled" in message(functional.linear_cross_entropy, arguments)
+        else:
+            functional.linear_cross_entropy(**arguments)
+
+
+def test_who_chose_counts(monkeypatch):
+    """A kernel that cannot be built is an error for "triton" and a warning for "auto", whichever came first."""
+    from fastbf import backend
+    from fastbf.triton_backend import encoder_layer
+
+    def unbuilt(*_, **__):
+        raise encoder_layer.BuildError("boom")
+
+    seen, arguments = [], layer_arguments()
+    monkeypatch.setattr(functional, "give_up", lambda choice, *_, **__: seen.append(choice))
+    monkeypatch.setattr(encoder_layer, "encoder_layer", unbuilt)
+    chosen = [choices["encoder_layer"] for choices in (backend._CHOSEN, backend._ASKED_FOR, backend._CHOSEN)]
+    for choice in chosen:
+        functional.encoder_layer(**{**arguments, "backend": choice})
+    assert all(found is choice for found, choice in zip(seen, chosen, strict=True))

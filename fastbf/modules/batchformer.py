@@ -168,7 +168,7 @@ class BatchFormer(nn.Module):
         Args:
             features: floating point, rank ≥ 2, N samples along ``batch_dim`` (2N if ``forked``), C channels along
                 ``channel_dim``.
-            targets: tensors with N rows, or lists or tuples of N items, one per sample.
+            targets: tensors with N rows, or lists or tuples of N items, one per sample (2N if ``forked``); None stays.
 
         Returns:
             The features, or the tuple ``(features, *targets)`` if targets were given. In training the features are a
@@ -178,8 +178,8 @@ class BatchFormer(nn.Module):
 
         Warns:
             RuntimeWarning, once a process: features or a target that come from a fork as they are while ``forked`` is
-            not set, which makes 4N rows; a replica of ``nn.DataParallel`` without targets, whose streams are gathered
-            replica by replica. What an operator made of a fork is not recognised.
+            not set, which makes 4N rows; one sample at several positions; a replica of ``nn.DataParallel`` without
+            targets, whose streams are gathered replica by replica. What an operator made of a fork is not recognised.
 
         Raises:
             TypeError: features that are not a floating-point tensor, targets of another type.
@@ -204,15 +204,23 @@ class BatchFormer(nn.Module):
                     "features or targets hold both streams already and are forked again: a second BatchFormer of a "
                     "network has forked=True"
                 )
+            if n == 1 and features.dim() > 2:
+                _warn_once(
+                    f"features hold one sample along batch_dim={self.batch_dim}, which attends to itself alone: an "
+                    "(N, C) batch is not to become (1, N, C)"
+                )
             if not targets and is_replica(self):
                 _warn_once(
                     "DataParallel gathers [plain, mixed, plain, mixed, …], one pair a replica, and targets that stay "
                     "outside do not fit those rows: pass the targets through the BatchFormer, or compute the loss "
                     "inside of what DataParallel replicates"
                 )
-            targets = tuple(_doubled(target, n) for target in targets)
+            targets = tuple(_doubled(i, target, n) for i, target in enumerate(targets))
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
+        else:
+            for i, target in enumerate(targets):
+                _check_length(i, target, n)
         *others, last = self.layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
         if type(self).mix is not _MIX or "mix" in self.__dict__:
@@ -336,12 +344,21 @@ def _unflat(x: Tensor, features: Tensor, dims: tuple[int, int]) -> Tensor:
     return x.view(x.shape[0], *shape[1:]).movedim((0, -1), dims)
 
 
-def _doubled(target: Any, n: int) -> Any:
+def _check_length(i: int, target: Any, n: int) -> None:
+    if target is None:
+        return
     if not isinstance(target, Tensor | list | tuple):
-        raise TypeError(f"targets must be tensors, lists or tuples, got {type(target).__name__}")
+        raise TypeError(f"targets must be tensors, lists, tuples or None, got {type(target).__name__} as targets[{i}]")
     length = len(target) if not isinstance(target, Tensor) else target.shape[0] if target.dim() else None
     if length != n:
-        raise ValueError(f"targets must have one entry for each of the {n} samples, got {length}")
+        hint = ": transpose it, samples come first" if isinstance(target, Tensor) and n in target.shape[1:] else ""
+        raise ValueError(f"targets must have one entry for each of the {n} samples, got {length} in targets[{i}]{hint}")
+
+
+def _doubled(i: int, target: Any, n: int) -> Any:
+    _check_length(i, target, n)
+    if target is None:
+        return None
     return torch.cat([target, target]) if isinstance(target, Tensor) else target * 2
 
 

@@ -84,6 +84,8 @@ class SharedClassifier(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         count = checks.positive("num_classes", checks.either("num_classes", num_classes, "out_features", out_features))
+        if not isinstance(bias, int):  # True and False are such
+            raise TypeError(f"bias must be True or False, got {type(bias).__name__}; class counts go by their keyword")
         checks.positive("in_features", in_features)
         super().__init__(in_features, count, bias, device=device, dtype=dtype)
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
@@ -100,7 +102,12 @@ class SharedClassifier(nn.Linear):
 
     @property
     def log_prior(self) -> Tensor | None:
-        """The logarithm of the class counts, (K,) on the device of the weight, or None. See the class."""
+        """The logarithm of the class counts, (K,) on the device of the weight, or None. See the class.
+
+        Examples:
+            >>> fastbf.SharedClassifier(32, 2, class_counts=[1, 1]).log_prior
+            tensor([0., 0.])
+        """
         return self._on(self.weight, self._log_prior)
 
     @log_prior.setter
@@ -109,7 +116,12 @@ class SharedClassifier(nn.Linear):
 
     @property
     def class_weight(self) -> Tensor | None:
-        """The factor of each class in the loss, (K,) on the device of the weight, or None. See the class."""
+        """The factor of each class in the loss, (K,) on the device of the weight, or None. See the class.
+
+        Examples:
+            >>> fastbf.SharedClassifier(32, 2, class_weight=[1, 3]).class_weight
+            tensor([1., 3.])
+        """
         return self._on(self.weight, self._class_weight)
 
     @class_weight.setter
@@ -117,7 +129,14 @@ class SharedClassifier(nn.Linear):
         self._class_weight = self._held_as("class_weight", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ``nn.Module.register_parameter``. TypeError for the attributes that are no parameters."""
+        """As ``nn.Module.register_parameter``. TypeError for the attributes that are no parameters.
+
+        Examples:
+            >>> classifier = fastbf.SharedClassifier(32, 3)
+            >>> classifier.register_parameter("temperature", torch.nn.Parameter(torch.ones(())))
+            >>> len(list(classifier.parameters()))
+            3
+        """
         if name in ("log_prior", "class_weight"):
             raise TypeError(
                 f"{name} cannot be a Parameter: set it to a tensor that is computed from one, or learn the bias instead"
@@ -125,7 +144,12 @@ class SharedClassifier(nn.Linear):
         super().register_parameter(name, param)
 
     def held_tensors(self) -> list[Tensor]:
-        """The tensors that the loss reads beside parameters, which a captured graph holds by their addresses."""
+        """The tensors that the loss reads beside parameters, which a captured graph holds by their addresses.
+
+        Examples:
+            >>> len(fastbf.SharedClassifier(32, 2, class_counts=[5, 1]).held_tensors())
+            1
+        """
         return [t for t in (self.log_prior, self.class_weight) if t is not None]
 
     def _held_as(self, name: str, value: object) -> ClassValues | None:
@@ -233,7 +257,14 @@ class SharedClassifier(nn.Linear):
         )
 
     def parent_reason(self) -> str | None:
-        """Why the loss takes the logits that a call of the module returns, in a sentence; None if it does not."""
+        """Why the loss takes the logits that a call of the module returns, in a sentence; None if it does not.
+
+        Examples:
+            >>> classifier = fastbf.SharedClassifier(32, 3)
+            >>> handle = classifier.register_forward_hook(lambda module, args, logits: logits / 4)
+            >>> classifier.parent_reason()
+            'the classifier has hooks.'
+        """
         kind = type(self)
         if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or "forward" in self.__dict__:
             return "the classifier has a forward of its own."

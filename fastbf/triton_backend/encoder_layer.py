@@ -109,7 +109,8 @@ def _gradients(
         width = saved.hidden.shape[1]
         factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
     wanted = Wanted(needs[0], *needs[4:])
-    found: dict[str, Any] = {"plain": layer.halves(d_out)[0].to(of_plain) if needs[1] else None}
+    plain = layer.halves(d_out)[0].reshape(-1, d_out.shape[1]).to(of_plain) if needs[1] else None
+    found: dict[str, Any] = {"plain": plain}
     if any(wanted):
         with no_autocast(x):
             dtype = product_dtype(of_weights[0], layer.compute)

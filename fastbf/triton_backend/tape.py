@@ -12,6 +12,7 @@ A call that a tape cannot hold, or does not fit, runs as written.
 from __future__ import annotations
 
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf.kernels.launch import Launched, noted, stream_for
-from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast
+from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast, watched
 
 aten, _matmul = torch.ops.aten, torch.backends.cuda.matmul
 
@@ -54,7 +55,7 @@ def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
     """
-    if torch.compiler.is_compiling() or what not in _tapes:
+    if torch.compiler.is_compiling() or what not in _tapes or watched():
         return None
     first: Any = tensors[0]
     stream = stream_for(first.device)
@@ -75,7 +76,7 @@ def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> It
     The second call of a signature is noted. A batch of another size often comes once.
     """
     results: list[Any] = []
-    if what is None or torch.compiler.is_compiling() or not _is_second(what, tensors):
+    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
         yield results
         return
     recorder = _Recorder(tensors)
@@ -144,7 +145,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         super().__init__()
         self.environment: dict[str, object] = {}
         self.steps: list[_Step | None] = []
-        self.owners: dict[int, tuple[_Base, Tensor]] = {}  # by a tensor's id; keeping it keeps the id
+        self.owners: dict[int, tuple[_Base, tuple[Any, ...], weakref.ref[Tensor]]] = {}  # by id, while a tensor lives
         self.fresh: dict[str, int] = {}  # the step that allocates what nothing has read or written yet
         self.views: dict[tuple[Any, ...], str] = {}
         self.splits: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}  # by what is split
@@ -208,14 +209,20 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         return f"t{self.count}"
 
     def _name(self, t: Tensor, name: str) -> str:
-        base = _Base(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr())
-        self.owners[id(t)] = base, t
+        self._own(_Base(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr()), t)
         return name
+
+    def _own(self, base: _Base, t: Tensor) -> None:
+        key, owners = id(t), self.owners
+        owners[key] = base, self._geometry(base, t), weakref.ref(t, lambda _: owners.pop(key, None))
 
     def _owner(self, t: Tensor) -> _Base:
         if id(t) not in self.owners:
             raise _Unrecordable("a tensor that is neither an input nor made here")
-        return self.owners[id(t)][0]
+        base, geometry, _ = self.owners[id(t)]
+        if self._geometry(base, t) != geometry:
+            raise _Unrecordable("a tensor that was given another shape or memory")
+        return base
 
     @staticmethod
     def _geometry(base: _Base, t: Tensor) -> tuple[Any, ...]:
@@ -265,7 +272,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             base = self._owner(args[0])
             several = isinstance(result, list | tuple)
             for view in result if several else [result]:
-                self.owners[id(view)] = base, view
+                self._own(base, view)
             if several and func in _CALLS and self._is_whole(args[0]):  # one call instead of a view each
                 rest = ", ".join(map(repr, args[1:]))
                 call = f"{self._callable(_CALLS[func])}({base.name}, {rest})"
@@ -280,7 +287,9 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             code = f"{name} = {self._callable(torch.empty_strided)}({size}, dtype={dtype}, device={device})"
             self.steps.append(_Step(code, name))
             return
-        if func in _PRODUCTS_INTO and self._allocates(kwargs["out"]):
+        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            raise _Unrecordable("a generator, whose state goes on")
+        if func in _PRODUCTS_INTO and kwargs.keys() == {"out"} and self._allocates(kwargs["out"]):
             return self._product(func, args, kwargs["out"])
         code = self._call(func, args, kwargs)
         if any(result is a for a in (*args, *kwargs.values())) or result is None:
@@ -362,6 +371,8 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             if t is None:
                 yield f"{name} is None"
             else:
+                if t.is_cuda:
+                    yield f"{name} is not None and {name}.is_cuda"
                 shape, stride = self._constant(t.shape), self._constant(t.stride())
                 yield f"{name} is not None and {name}.shape == {shape} and {name}.stride() == {stride}"
                 yield f"{name}.dtype is {self._constant(t.dtype)}"

@@ -95,6 +95,33 @@ def test_the_third_step_goes_by_tapes(norm_first, autocast, plays):
         assert plays["by a tape"] == 12
 
 
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_several_layers(positions):
+    """The last layer's plain half comes from another tensor than its input."""
+    step = Step(num_layers=2)
+    step.x, step.y = features(4, *positions), torch.randint(0, K, (4, *positions))
+    for _ in range(2):
+        step()
+    assert_as_written(step)
+
+
+def test_modes_see_what_is_written(plays):
+    """A mode that sees operators may keep some of them for recomputation, and counts on the same ones every time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[-1].append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen, function = [], lambda x: (torch.mm(x, x, out=torch.empty(4, 4)),)
+    for _ in range(4):
+        seen.append([])
+        with Names():
+            call(function, torch.randn(4, 4))
+    assert seen[0] == seen[1] == seen[2] == seen[3] != []
+
+
 def _rate(step, random):
     rate = random.choice([0.0, 0.1, 0.5])
     for m in step.former.modules():
@@ -436,9 +463,14 @@ def test_a_tape_holds_no_tensor():
 
 
 def test_what_a_tape_does_not_hold_runs_as_written(plays):
-    """A result that depends on a tensor's value, or on a tensor that was not given."""
+    """A result that depends on a value or on a tensor that was not given, or one that was resized."""
     others = {}
-    functions = (lambda x: (x * x.sum().item(),)), (lambda x: (x * others["y"],))
+
+    def resized(x):
+        out = torch.empty(0)
+        return (torch.add(x, 1, out=out),)
+
+    functions = (lambda x: (x * x.sum().item(),)), (lambda x: (x * others["y"],)), resized
     for function in functions:
         for value in (1.0, 1.0, 2.0, 3.0):
             x, others["y"] = torch.full((4,), value), torch.tensor([value])
