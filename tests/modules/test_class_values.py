@@ -192,7 +192,7 @@ def test_compiled_as_one_graph(used):
     "counts",
     [
         torch.tensor(COUNTS), numpy.array(COUNTS), numpy.array(COUNTS[::-1])[::-1], tuple(COUNTS), array("d", COUNTS),
-        dict.fromkeys(COUNTS).keys(), [torch.tensor(n) for n in COUNTS], numpy.array(COUNTS, numpy.float32),
+        dict(enumerate(COUNTS)), [torch.tensor(n) for n in COUNTS], numpy.array(COUNTS, numpy.float32),
     ],
 )  # fmt: skip
 def test_what_counts_can_be(counts):
@@ -207,7 +207,7 @@ def test_what_counts_can_be(counts):
         ([1, 2, 3, 4, -5], ValueError, "must not be negative, got -5.0 for class 4"),
         ([1, float("nan"), 3, 4, 5], ValueError, "must be finite, got nan for class 1"),
         (torch.tensor([1, 2, torch.inf, 4, 5]), ValueError, "must be finite, got inf for class 2"),
-        (dict.fromkeys(range(5), 1), TypeError, "one for each class in order, got dict"),
+        (set(range(5)), TypeError, "one for each class in order, got set"),
         ("12345", TypeError, "got str"),
         (list("12345"), TypeError, "got str for class 0"),
         (3, TypeError, "got int"),
