@@ -111,7 +111,8 @@ def test_classifier(half, reduction, keep, soft, monkeypatch):
     target, weight = torch.arange(6, device=DEVICE), torch.rand(8, device=DEVICE)
     if soft:
         target = torch.rand(6, 8, device=DEVICE)
-    options = {"scale": 2.0, "reduction": reduction, "ignore_index": 3, "label_smoothing": 0.1, "stats": True}
+    options = {"scale": 2.0, "reduction": reduction, "label_smoothing": 0.1, "stats": True}
+    options["ignore_index"] = -100 if soft else 3
 
     def function(x, matrix, bias):
         tensors = {"linear_bias": bias, "weight": weight, "logit_bias": bias}
