@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -50,11 +51,14 @@ def _forget() -> None:
 
 
 @contextmanager
-def stub_gpu() -> Iterator[_Driver]:
-    """Kernels given CPU tensors are compiled for sm_90 and launched on a device that does nothing."""
+def stub_gpu(driver: Any = None) -> Iterator[Any]:
+    """Kernels given CPU tensors are compiled for a device that does nothing and launched on it.
+
+    driver: what Triton asks; by default one for sm_90 that counts launches.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter takes the place of what is measured")
-    driver, interpreted = _Driver(), backend._interpreted
+    driver, interpreted = driver or _Driver(), backend._interpreted
     _forget()
     triton.runtime.driver.set_active(driver)
     backend._interpreted = lambda: True

@@ -55,19 +55,27 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-@cache  # find_spec searches the file system
-def _found(package: str) -> bool:
-    return find_spec(package) is not None
-
-
 @traced_as_constant  # a compiler traces into functions with a cache
-def _installed() -> bool:
-    return _found("triton")
+def _import_obstacle() -> str | None:
+    """Why no kernel can be imported; None if they can."""
+    return _imported()
+
+
+@cache  # the import system searches the file system
+def _imported() -> str | None:
+    """As :func:`_import_obstacle`, tried once. Warns if triton is there and cannot be imported."""
+    try:
+        if find_spec("triton") is None:
+            return "triton is not installed."
+        from fastbf.kernels import probe  # noqa: F401
+    except Exception as error:  # any kind: a library that is missing, too old a release
+        return _warned(f"triton is installed and cannot be imported: {type(error).__name__}: {error}")
+    return None
 
 
 @traced_as_constant
 def _interpreted() -> bool:
-    """Whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``)."""
+    """Whether Triton runs kernels on CPU tensors (``TRITON_INTERPRET=1``). It can be imported."""
     import triton
 
     return triton.knobs.runtime.interpret
@@ -81,17 +89,18 @@ def _gpu_obstacle(device: torch.device) -> str | None:
 
 @cache
 def _tried(device: torch.device) -> str | None:
-    """As :func:`_gpu_obstacle`, tried once a device. Warns if a kernel cannot be built there."""
+    """As :func:`_gpu_obstacle`, tried until it is known. Warns if a kernel cannot be built on the device."""
     if torch.version.hip is not None:
         return "the kernels' configurations are for NVIDIA GPUs."
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU's compute capability is below 8.0."
+    from fastbf.kernels.failures import BuildError
     from fastbf.kernels.probe import probe
 
     try:
         probe(device)
-    except Exception as error:  # any kind: no C compiler, an old driver
-        return _warned(f"Triton cannot build a kernel for {device}: {type(error).__name__}: {error}")
+    except BuildError as error:
+        return _warned(f"Triton cannot build a kernel for {device}, {error}")
     return None
 
 
@@ -108,10 +117,20 @@ def unbuilt(op: str, device: torch.device, error: Exception) -> str:
 def give_up(choice: Choice, op: str, device: torch.device, error: Exception, *, final: bool = False) -> None:
     """Warns that a kernel could not be built, and makes "auto" take PyTorch for ``op`` on this device.
 
+    Args:
+        choice: of kernels.
+        op: the function that they serve.
+        device: the device that they run on.
+        error: what they raised.
+        final: whether PyTorch may not take over.
+
     Raises:
-        Exception: ``error``, where the caller asked for "triton", a compiler traces the call, or the choice is final.
+        Exception: ``error``, if it is no BuildError, the caller asked for "triton", a compiler traces the call, or the
+            choice is final.
     """
-    if final or choice is _ASKED_FOR[op] or torch.compiler.is_compiling():
+    from fastbf.kernels.failures import BuildError
+
+    if not isinstance(error, BuildError) or final or choice is _ASKED_FOR[op] or torch.compiler.is_compiling():
         raise error
     _warned(unbuilt(op, device, error))
 
@@ -131,8 +150,9 @@ def _obstacle(
     """Why no Triton kernel can serve the call; None if one can. ``interpreter``: whether CPU tensors may be served."""
     if tensors and tensors[0].device.type != "cuda" and not interpreter:
         return _not_on_a_gpu(op, tensors[0])
-    if not _installed():
-        return "triton is not installed."
+    obstacle = _import_obstacle()
+    if obstacle is not None:
+        return obstacle
     if not tensors:
         return f"the kernels of {op} do not serve all tensors: give those of the call."
     x = tensors[0]

@@ -120,7 +120,7 @@ def batch_attention(
 
         try:
             return kernels.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
-        except kernels.BuildError as error:
+        except Exception as error:
             give_up(choice, "batch_attention", q.device, error)
     return attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
 
@@ -177,7 +177,7 @@ def dropout_add_layer_norm(
 
         try:
             return kernels.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
-        except kernels.BuildError as error:
+        except Exception as error:
             give_up(choice, "dropout_add_layer_norm", x.device, error)
     return elementwise.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
 
@@ -222,7 +222,7 @@ def activation_dropout(
 
         try:
             return kernels.activation_dropout(x, activation, dropout_p=p, seed=seed)
-        except kernels.BuildError as error:
+        except Exception as error:
             give_up(choice, "activation_dropout", x.device, error)
     return elementwise.activation_dropout(x, activation, dropout_p=p, seed=seed)
 
@@ -343,7 +343,7 @@ def encoder_layer(
         try:
             out = kernels.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
             return out[:0] if absent else out
-        except kernels.BuildError as error:
+        except Exception as error:
             # Across ranks PyTorch cannot take over, because the other ranks would not do the same.
             give_up(choice, "encoder_layer", x.device, error, final=not alone)
     out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
@@ -485,7 +485,7 @@ def linear_cross_entropy(
 
         try:
             loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **others)
-        except kernels.BuildError as error:
+        except Exception as error:
             give_up(choice, "linear_cross_entropy", input.device, error)
     if loss is None:
         loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **others)

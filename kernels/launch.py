@@ -14,6 +14,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from fastbf.kernels.failures import BuildError, building, compiler_refuses, device_refuses
 from fastbf.kernels.rng import KEEP_ALL, KEEP_BITS, KEEP_HALVES
 
 P = ParamSpec("P")
@@ -73,10 +74,6 @@ def stream_for(device: torch.device) -> int | None:
     return driver.active.get_current_stream(current)
 
 
-class BuildError(RuntimeError):
-    """A kernel could not be compiled, or not be loaded onto the device."""
-
-
 def launch(
     kernel: Any, programs: int, device: torch.device, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...],
     constants: Mapping[str, Any],
@@ -90,7 +87,8 @@ def launch(
             gives them in the same order.
 
     Raises:
-        BuildError: the kernel's first launch with such arguments failed.
+        BuildError: at the first launch with such arguments, a compiler or the device refuses the kernel.
+        CaptureError: the first launch is captured into a CUDA graph.
     """
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -111,10 +109,10 @@ def launch(
     key = (kernel.fn, device, aligned, *[t.dtype for t in tensors], *constants.values())
     found = _compiled.get(key)
     if found is None:
-        try:
+        with building(kernel.fn.__name__, compiler_refuses):
+            kernel.warmup(*tensors, *numbers, grid=(programs,), **constants)
+        with building(kernel.fn.__name__, device_refuses):
             compiled = kernel[(programs,)](*tensors, *numbers, **constants)
-        except Exception as error:  # Triton's own, a compiler's, a driver's
-            raise BuildError(f"{kernel.fn.__name__}: {type(error).__name__}: {error}") from error
         values = tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
         _compiled[key] = compiled, values
     else:
@@ -180,7 +178,13 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
         def run(*values: Any) -> None:
             rest = iter(values)
             given = {name: [next(rest) for _ in names] for name, names in flat.items()}
-            launcher(**{n: kinds[n](*v) if n not in flat[n] else v[0] for n, v in given.items()})  # type: ignore
+            try:
+                launcher(**{n: kinds[n](*v) if n not in flat[n] else v[0] for n, v in given.items()})  # type: ignore
+            except BuildError as error:
+                raise BuildError(
+                    f"{error}. A compiled graph keeps its kernels: call torch.compiler.reset(), and compile with"
+                    " backend='torch'."
+                ) from error
 
         either = inspect.Parameter.POSITIONAL_OR_KEYWORD
         of_schema = {name: kind for names in flat.values() for name, kind in names.items()}

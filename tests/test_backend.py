@@ -1,5 +1,6 @@
 """Choice of backend, its explanation, the command line, and what importing costs."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -12,12 +13,13 @@ import fastbf
 from fastbf import backend, functional
 from fastbf.backend import OPS
 from fastbf.kernels import activation, add_norm, attention, cross_entropy, probe
-from fastbf.kernels.launch import BuildError, launch
+from fastbf.kernels.failures import BuildError
+from fastbf.kernels.launch import launch
 from tests.triton_case import DEVICE, SEED
 
 
-def run(*args):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+def run(*args, **options):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -161,16 +163,13 @@ def test_an_explicit_triton_does_not_fall_back(monkeypatch):
         CALLS["activation_dropout"](torch.randn(6, 32, device=DEVICE), dropout_p=0.5, backend="triton")
 
 
-def test_whatever_fails_at_the_first_launch_is_a_build_error():
+def test_what_a_compiler_raises_is_a_build_error():
     class Kernel(JITFunction):
         def __init__(self):
             self.fn = _unbuildable
 
-        def __getitem__(self, programs):
-            def fail(*_, **__):
-                raise RuntimeError("PassManager::run failed")
-
-            return fail
+        def warmup(self, *_, **__):
+            raise RuntimeError("PassManager::run failed")
 
     with pytest.raises(BuildError, match="_unbuildable: RuntimeError: PassManager::run failed"):
         launch(Kernel(), 1, torch.device("cpu"), (), (), {})
@@ -178,7 +177,7 @@ def test_whatever_fails_at_the_first_launch_is_a_build_error():
 
 def test_a_gpu_for_which_nothing_can_be_built(monkeypatch):
     def no_compiler(_):
-        raise RuntimeError("Failed to find C compiler")
+        raise BuildError("write_one: RuntimeError: Failed to find C compiler")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(probe, "probe", no_compiler)
@@ -192,6 +191,46 @@ def test_a_gpu_for_which_nothing_can_be_built(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "below 8.0" in backend._gpu_obstacle(device)
     backend._tried.cache_clear()
+
+
+BROKEN = {
+    "ImportError": "raise ImportError('version GLIBCXX_3.4.30 not found')",
+    "OSError": "raise OSError('[WinError 126] DLL load failed')",
+    "an older release": "def jit(f): return f\n__path__ = []",
+    "an error of its own": "raise RuntimeError('half installed')",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_triton_that_cannot_be_imported(broken, tmp_path):
+    """Falls back with one warning, which names the cause; "triton" raises with it, and the command line says so."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(broken, encoding="utf-8")
+    code = """
+import warnings, torch, fastbf
+from fastbf import backend
+x = torch.randn(4, 8)
+obstacle = backend._obstacle
+backend._obstacle = lambda *args, interpreter: obstacle(*args, interpreter=True)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        fastbf.BatchFormer(8)(x)
+        fastbf.functional.activation_dropout(x, "relu", dropout_p=0.0)
+    print(len(seen), seen[0].message)
+print(fastbf.explain("activation_dropout", x))
+try:
+    fastbf.functional.activation_dropout(x, "relu", dropout_p=0.0, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    result = run("-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])})
+    assert result.returncode == 0, result.stderr
+    warned, explained, refused = result.stdout.splitlines()
+    cause = "triton is installed and cannot be imported: "
+    assert warned.startswith(f"1 fastbf uses PyTorch: {cause}")
+    assert explained.startswith(f"torch: {cause}")
+    assert refused.startswith(f"backend='triton' cannot serve this call: {cause}")
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -209,3 +248,13 @@ def test_make_graphed_on_cpu_is_the_callable():
         fastbf.make_graphed(module, ())
     with pytest.raises(TypeError, match=r"sample_args\[1\] must be a torch\.Tensor, got int"):
         fastbf.make_graphed(module, (torch.randn(4, 8), 3))
+
+
+def test_a_kernel_that_cannot_be_built_in_a_compiled_graph(monkeypatch):
+    """The graph has no other way: the error says what to do."""
+    compiled = torch.compile(lambda x: CALLS["activation_dropout"](x, dropout_p=0.0, backend="triton"), backend="eager")
+    x = torch.randn(6, 32, device=DEVICE)
+    compiled(x)
+    monkeypatch.setattr(activation, "launch", _unbuildable)
+    with pytest.raises(BuildError, match=r"no such instruction\. A compiled graph .* torch\.compiler\.reset\(\)"):
+        compiled(x)

@@ -10,10 +10,9 @@ from torch.autograd import Function
 
 from fastbf.dropout import drop_threshold
 from fastbf.kernels import attention
-from fastbf.kernels.launch import BuildError
 from fastbf.triton_backend.functions import by_kernels, distinct, empty_like
 
-__all__ = ["BuildError", "batch_attention"]
+__all__ = ["batch_attention"]
 
 
 class _Attention(Function):

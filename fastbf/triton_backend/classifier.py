@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from fastbf.kernels import cross_entropy
 from fastbf.kernels.cross_entropy import Options
-from fastbf.kernels.launch import BuildError, operator
+from fastbf.kernels.launch import operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
@@ -26,7 +26,7 @@ from fastbf.triton_backend import tape
 from fastbf.triton_backend.functions import by_kernels, dense, distinct, empty_like, limits_of, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
-__all__ = ["BuildError", "linear_cross_entropy"]
+__all__ = ["linear_cross_entropy"]
 
 #: Shares of the device's memory: for logits that are kept for backward (5 GiB of 80), and for a chunk of logits or of
 #: their gradient (1.25 GiB).

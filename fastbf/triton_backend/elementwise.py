@@ -12,7 +12,7 @@ from fastbf.dropout import Site, drop_threshold
 from fastbf.kernels import activation as activation_kernels
 from fastbf.kernels import add_norm
 from fastbf.kernels.add_norm import Norm
-from fastbf.kernels.launch import BuildError, Drop
+from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows, partial_sums
 from fastbf.torch_state import norm_dtype
 from fastbf.triton_backend.functions import (
@@ -26,7 +26,7 @@ from fastbf.triton_backend.functions import (
     limits_of,
 )
 
-__all__ = ["BuildError", "activation_dropout", "dropout_add_layer_norm"]
+__all__ = ["activation_dropout", "dropout_add_layer_norm"]
 
 
 class _AddNorm(Function):

@@ -11,7 +11,6 @@ from torch.autograd import Function
 
 from fastbf.distributed.process_groups import Batch
 from fastbf.dropout import drop_threshold
-from fastbf.kernels.launch import BuildError
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
@@ -30,7 +29,7 @@ from fastbf.triton_backend.functions import (
     product_dtype,
 )
 
-__all__ = ["BuildError", "encoder_layer"]
+__all__ = ["encoder_layer"]
 
 
 class _EncoderLayer(Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbf.autograd import Gradients, once_differentiable
 from fastbf.backend import unbuilt
-from fastbf.kernels.launch import BuildError
+from fastbf.kernels.failures import BuildError
 from fastbf.kernels.limits import Limits, device_limits
 from fastbf.kernels.rows import Rows
 from fastbf.torch_state import is_batched, traced_as_constant

@@ -11,6 +11,7 @@ from torch.library import opcheck
 import fastbf
 from fastbf import backend, functional
 from fastbf.kernels import probe
+from fastbf.kernels.failures import BuildError
 from fastbf.triton_backend import classifier
 from tests.distributed.across_ranks import CHECKS, OPERATORS
 from tests.triton_backend.test_encoder_layer import features, weights
@@ -166,7 +167,7 @@ def test_what_is_found_out_about_a_gpu_compiles(monkeypatch):
     """The compiler takes the answer and does not look at how it came about."""
 
     def no_compiler(_):
-        raise RuntimeError("no C compiler")
+        raise BuildError("write_one: RuntimeError: no C compiler")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(probe, "probe", no_compiler)
