@@ -40,7 +40,7 @@ _compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
 class Launched(NamedTuple):
     """A launch, with what making it again takes."""
 
-    compiled: CompiledKernel | None  #: None for Triton's interpreter, where the observer makes the launch
+    compiled: Any  #: a ``CompiledKernel``; None for Triton's interpreter, where the observer makes the launch
     programs: int
     tensors: tuple[Tensor, ...]
     values: tuple[Any, ...]  #: numbers and compile-time parameters, in the kernel's order

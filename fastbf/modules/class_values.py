@@ -28,11 +28,11 @@ class ClassValues:
     """
 
     def __init__(self, source: array[float] | Tensor) -> None:
-        self.source = source
+        self.source: array[float] | Tensor = source
         self.tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.versions: list[int] = []
         self.traced: Any = None
-        self.name = uuid.uuid4().hex
+        self.name: str = uuid.uuid4().hex
         _alive[self.name] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,8 +94,8 @@ class LogCounts(ClassValues):
             raise ValueError("class_counts must not be 0 for every class")
         super().__init__(array("d", [math.log(n) if n else -math.inf for n in counts]))
         self.counts = counts
-        self.empty = [c for c, n in enumerate(counts) if not n]
-        self.warned = False
+        self.empty: list[int] = [c for c, n in enumerate(counts) if not n]
+        self.warned: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         newest = self._newest()

@@ -26,7 +26,8 @@ from torch import Tensor
 from fastbf.kernels.launch import Launched, noted, stream_for
 from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast, watched
 
-aten, _matmul = torch.ops.aten, torch.backends.cuda.matmul
+aten: Any = torch.ops.aten
+_matmul: Any = torch.backends.cuda.matmul
 
 #: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 20 KB.
 MOST_TAPES, MOST_SEEN = 512, 4096
