@@ -507,7 +507,13 @@ def cross_entropy(
 
     Args:
         logits: (M, …, K), floating point.
-        target, weight, logit_bias, reduction, ignore_index, label_smoothing, stats: as there.
+        target: as there, and so are the others.
+        weight: (K,) or None.
+        logit_bias: (K,) or None.
+        reduction: "mean", "sum" or "none".
+        ignore_index: an int.
+        label_smoothing: in [0, 1].
+        stats: whether to return the statistics.
 
     Returns:
         The loss, or with ``stats`` the pair (loss, :class:`LossStats`).

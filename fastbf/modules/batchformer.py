@@ -177,9 +177,10 @@ class BatchFormer(nn.Module):
             are returned as they are.
 
         Warns:
-            RuntimeWarning, once a process: features or a target that come from a fork as they are while ``forked`` is
-            not set, which makes 4N rows; one sample at several positions; a replica of ``nn.DataParallel`` without
-            targets, whose streams are gathered replica by replica. What an operator made of a fork is not recognised.
+            RuntimeWarning: once a process, for features or a target that come from a fork as they are while ``forked``
+                is not set, which makes 4N rows; for one sample at several positions; for a replica of
+                ``nn.DataParallel`` without targets, whose streams are gathered replica by replica. What an operator
+                made of a fork is not recognised.
 
         Raises:
             TypeError: features that are not a floating-point tensor, targets of another type.
