@@ -29,7 +29,7 @@ from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all,
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
 
-#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 20 KB.
+#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 30 KB.
 MOST_TAPES, MOST_SEEN = 512, 4096
 
 Results = Sequence[Tensor | None]
