@@ -96,6 +96,12 @@ class TestSymbolicTrace:
         assert [node.target for node in graph.graph.nodes if node.op == "call_module"].count("classifier") == 1
         assert {"layer", "former"} & {node.target for node in graph.graph.nodes if train or convert} or not train
 
+    def test_a_classifier_itself(self):
+        """The module that is traced is no leaf, as an ``nn.Linear`` is none then."""
+        classifier = fastbf.SharedClassifier(C, K, scale=2.0)
+        graph, (x, _) = torch.fx.symbolic_trace(classifier), batch()
+        assert torch.equal(graph(x), classifier(x))
+
     def test_a_stripped_model(self):
         net = fastbf.strip(Net(loss=False).eval())
         graph, (x, _) = torch.fx.symbolic_trace(net), batch()

@@ -176,15 +176,16 @@ class SharedClassifier(nn.Linear):
             >>> fastbf.SharedClassifier(32, 3)(torch.randn(6, 32)).shape
             torch.Size([6, 3])
         """
+        traced = input if features is None else features
+        if isinstance(traced, torch.fx.Proxy):  # of a model, or of this module, whose arguments are all proxies then
+            leaf = as_leaf(self, traced)
+            return reference.class_logits(super().forward(traced), self.scale, None) if leaf is None else leaf
         if targets:
             raise TypeError(
                 f"a call of SharedClassifier takes features alone, got {1 + len(targets)} arguments: the loss of "
                 "features and targets is classifier.loss(features, target)"
             )
-        x = checks.either("features", features, "input", input)
-        if not isinstance(x, Tensor) and (leaf := as_leaf(self, x)) is not None:
-            return leaf
-        x = self._check(x)
+        x = self._check(checks.either("features", features, "input", input))
         return reference.class_logits(super().forward(x), self.scale, None)
 
     @overload
