@@ -64,8 +64,8 @@ def building(kernel: str, refuses: Callable[[Exception], bool]) -> Iterator[None
 
 def compiler_refuses(error: Exception) -> bool:
     """Whether what was raised while a kernel is compiled will be raised again: all but what passes."""
-    if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError)):
-        return False
+    if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError, Warning)):
+        return False  # a warning is raised where a filter makes it an error
     if isinstance(error, OSError):
         return error.errno not in _FOR_THE_MOMENT
     if isinstance(error, subprocess.CalledProcessError):

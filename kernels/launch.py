@@ -31,6 +31,9 @@ class Drop(NamedTuple):
 #: No dropout.
 NO_DROP = Drop()
 
+#: Options of every compilation: a product and a sum are rounded once, whatever Triton's default is.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 # Compiled kernels and the values of their compile-time parameters, by all that Triton's cache depends on. A look-up
 # takes a fraction of the time of Triton's dispatcher, which inspects every argument.
@@ -110,9 +113,9 @@ def launch(
     found = _compiled.get(key)
     if found is None:
         with building(kernel.fn.__name__, compiler_refuses):
-            kernel.warmup(*tensors, *numbers, grid=(programs,), **constants)
+            kernel.warmup(*tensors, *numbers, grid=(programs,), **constants, **OPTIONS)
         with building(kernel.fn.__name__, device_refuses):
-            compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+            compiled = kernel[(programs,)](*tensors, *numbers, **constants, **OPTIONS)
         values = tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
         _compiled[key] = compiled, values
     else:

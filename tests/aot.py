@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from fastbf.kernels.launch import OPTIONS
 from fastbf.kernels.limits import KIB
 from tests.aot_jobs import KERNELS, Job, jobs
 from tests.ptx.unguarded import faults
@@ -85,7 +86,7 @@ def compiled_kernel(job: Job) -> CompiledKernel:
     return triton.compile(
         ASTSource(function, signature, constants, pointers),
         target=GPUTarget("cuda", job.capability, 32),
-        options=job.options,
+        options={**OPTIONS, **job.options},
     )
 
 

@@ -146,6 +146,7 @@ ERRORS = {
     subprocess.CalledProcessError(1, "gcc"): True,
     subprocess.CalledProcessError(-9, "gcc"): False,
     MemoryError(): False,
+    UserWarning("of Triton, where warnings are errors"): False,
     torch.OutOfMemoryError("CUDA out of memory"): False,
     torch.AcceleratorError("CUDA error: device-side assert triggered"): False,
     RuntimeError("Triton Error [CUDA]: unspecified launch failure"): False,
