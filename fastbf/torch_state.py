@@ -131,8 +131,8 @@ def is_fake(x: Tensor) -> bool:
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, torch._subclasses.FakeTensor)
 
 
-def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A call of a module in the graph of ``torch.fx.symbolic_trace``, as of a module of torch.
+def as_leaf(module: nn.Module, *args: Any, method: str = "", **kwargs: Any) -> Any:
+    """A call of a module, or of a method of it, in the graph of ``torch.fx.symbolic_trace``, as of a module of torch.
 
     Modules of torch are leaves of such graphs, but for the one that is traced itself. Ours have control flow that a
     tracer cannot follow. None if there is no such graph, or if it is the module's own.
@@ -141,7 +141,10 @@ def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tracer: Any = getattr(proxy, "tracer", None)
     if proxy is None or tracer.root is module:
         return None
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+    path = tracer.path_of_module(module)
+    if not method:
+        return tracer.create_proxy("call_module", path, args, kwargs)
+    return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *args), kwargs)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -159,6 +162,17 @@ def jit_traced() -> bool:
 def watched() -> bool:
     """Whether a mode sees every operator of this thread: a counter of FLOPs, fake tensors. Public substitute: none."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def add_flop_formulas(formulas: dict[Any, Any]) -> None:
+    """Adds to the counters of FLOPs that are active in this thread, which took those there were when they were made.
+
+    Public substitute: the argument ``custom_mapping`` of a counter.
+    """
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        counter: Any = getattr(mode, "counter", None)
+        if hasattr(counter, "flop_registry"):
+            counter.flop_registry = {**formulas, **counter.flop_registry}
 
 
 def has_values(x: Tensor) -> bool:

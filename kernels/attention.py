@@ -20,6 +20,7 @@ fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are t
 head; p_ marks a pointer. Offsets are 64-bit.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -549,7 +550,12 @@ def streams(n: int, m: int) -> bool:
     return schedule(n, m) == "streaming"
 
 
-@operator("o", "lse")
+def _flops_forward(q: Sequence[int], k: Sequence[int], *_: object, **__: object) -> int:
+    """Of two products, q kᵀ and p v."""
+    return 4 * q[0] * math.prod(k)
+
+
+@operator("o", "lse", flops=_flops_forward)
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, *, o: Tensor, lse: Tensor | None) -> None:
     """o = drop(softmax(scale · q kᵀ)) v, and the log-sum-exp of every row of scores.
 
@@ -599,7 +605,13 @@ class Inputs(NamedTuple):
     lse: Tensor | None
 
 
-@operator("grads_q", "grads_k", "grads_v")
+def _flops_backward(do: Sequence[int], q: Sequence[int], k: Sequence[int], *rest: Any, **_: object) -> int:
+    """Of a product for each gradient, and of do vᵀ for those of q and k; computing the scores again is not counted."""
+    to_q, to_k, to_v = rest[-1]
+    return 2 * q[0] * math.prod(k) * (to_q + to_k + to_v + (to_q or to_k))
+
+
+@operator("grads_q", "grads_k", "grads_v", flops=_flops_backward)
 def backward(
     do: Tensor, saved: Inputs, options: Options, grads: Gradients, needs: Sequence[bool] = (True, True, True)
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
@@ -50,6 +51,10 @@ class Launched(NamedTuple):
     interpret: Callable[..., None] | None = None  #: in the interpreter: the launch, given the tensors
 
 
+#: Whether a mode sees every operator of this thread, as a counter of FLOPs does. Torch has no public way to ask: the
+#: backend sets this one, and without it no mode is known of.
+watched: Callable[[], bool] = bool
+
 _observers = threading.local()
 _INTERPRETED = knobs.runtime.interpret  # where kernels are made, each for its life
 
@@ -62,6 +67,10 @@ def noted(observe: Callable[[Launched], None]) -> Iterator[None]:
         yield
     finally:
         _observers.observe = None
+
+
+def _is_noted() -> bool:
+    return getattr(_observers, "observe", None) is not None
 
 
 def stream_for(device: torch.device) -> int | None:
@@ -163,13 +172,15 @@ def _newest(module: str, launcher: str, *values: Any) -> None:
     getattr(sys.modules[module], launcher).as_operator(*values)
 
 
-def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+def operator(*writes: str, flops: Callable[..., int] | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Makes a launcher one operator in the graphs of ``torch.compile``. An eager call runs the launcher itself.
 
     The schema follows from the annotations. The operator returns nothing, so that a compiler needs no shapes from us.
 
     Args:
         writes: the names of the tensors that the launcher writes to.
+        flops: of a launcher that multiplies matrices: the number of its floating-point operations, from the operator's
+            arguments with shapes in place of tensors. Such a launcher is an operator wherever a mode counts, too.
     """
 
     def register(launcher: Callable[P, None]) -> Callable[P, None]:
@@ -201,11 +212,13 @@ def operator(*writes: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             newest = partial(_newest, launcher.__module__, launcher.__name__)
             torch.library.impl(f"fastbf::{name}", ("cpu", "cuda"))(newest)
             torch.library.register_fake(f"fastbf::{name}")(lambda *_: None)
+            if flops is not None:
+                flop_counter.register_flop_formula(getattr(torch.ops.fastbf, name))(flops)
         registered = getattr(torch.ops.fastbf, name).default
 
         @wraps(launcher)
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and (flops is None or _is_noted() or not watched()):
                 launcher(*args, **kwargs)
                 return
             given = {**defaults, **dict(zip(kinds, args, strict=False)), **kwargs}

@@ -96,6 +96,24 @@ class TestSymbolicTrace:
         assert [node.target for node in graph.graph.nodes if node.op == "call_module"].count("classifier") == 1
         assert {"layer", "former"} & {node.target for node in graph.graph.nodes if train or convert} or not train
 
+    @pytest.mark.parametrize("options", [{}, {"class_counts": range(1, K + 1)}], ids=str)
+    @pytest.mark.parametrize("stats", [True, False])
+    def test_a_loss_in_the_model(self, stats, options):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.ModuleDict({"classifier": fastbf.SharedClassifier(C, K, **options)})
+
+            def forward(self, x, y):
+                loss = self.head["classifier"].loss(2 * x, target=y, stats=stats)
+                return (loss[0], loss[1].accuracy) if stats else loss
+
+        model, (x, y) = Model(), batch()
+        graph = torch.fx.symbolic_trace(model)
+        graph.graph.lint()
+        torch.testing.assert_close(graph(x, y), model(x, y), rtol=0, atol=0)
+        assert "head.classifier" in {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+
     def test_a_classifier_itself(self):
         """The module that is traced is no leaf, as an ``nn.Linear`` is none then."""
         classifier = fastbf.SharedClassifier(C, K, scale=2.0)

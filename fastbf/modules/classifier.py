@@ -228,6 +228,8 @@ class SharedClassifier(nn.Linear):
             >>> stats.accuracy.shape  # of the plain and of the mixed stream
             torch.Size([2])
         """
+        if isinstance(features, torch.fx.Proxy):
+            return as_leaf(self, features, target, method="loss", reduction=reduction, stats=stats)
         if isinstance(self._log_prior, LogCounts):
             self._log_prior.check_smoothing(self.label_smoothing)
             self._log_prior.check(checks.tensor("target", target), self.ignore_index)

@@ -208,7 +208,8 @@ def _parts(rows: range, z: Tensor) -> Iterator[range]:
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total += a · b, in total's dtype, which may be wider than that of a and b."""
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(torch.mm(a, b))
+    # Counters of FLOPs know no addmm_.
+    return torch.addmm(total, a, b, out=total) if total.dtype == a.dtype else total.add_(torch.mm(a, b))
 
 
 def _cut(rows: range, step: int) -> Iterator[range]:

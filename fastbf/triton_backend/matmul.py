@@ -43,4 +43,4 @@ def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor) -> None:
     if dy.is_cuda and dy.dtype != total.dtype:
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(dy.t().to(total.dtype), x.to(total.dtype))
+        torch.addmm(total, dy.t().to(total.dtype), x.to(total.dtype), out=total)

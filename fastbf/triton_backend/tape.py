@@ -393,7 +393,6 @@ _CALLS: dict[Operator, Callable[..., Any]] = {
     aten.addmm.out: torch.addmm,
     aten.addmm.dtype: torch.addmm,
     aten.addmm.dtype_out: torch.addmm,
-    aten.addmm_.default: Tensor.addmm_,
     aten.copy_.default: Tensor.copy_,
     aten.add_.Tensor: Tensor.add_,
     aten.sum.dim_IntList: torch.sum,
