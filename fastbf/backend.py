@@ -15,6 +15,7 @@ from fastbf.torch_state import traced_as_constant, transformed
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_TRITON = 3, 6
 MAX_HEAD_DIM = 512
 MAX_CHANNELS = 8192
 
@@ -63,14 +64,24 @@ def _import_obstacle() -> str | None:
 
 @cache  # the import system searches the file system
 def _imported() -> str | None:
-    """As :func:`_import_obstacle`, tried once. Warns if triton is there and cannot be imported."""
+    """As :func:`_import_obstacle`, tried once. Warns, as it is asked for calls that kernels could serve."""
     try:
         if find_spec("triton") is None:
-            return "triton is not installed."
+            return _warned("triton is not installed, which PyTorch for CUDA comes with on Linux.")
+        import triton
+
+        if _release(triton.__version__) < OLDEST_TRITON:
+            needed = ".".join(map(str, OLDEST_TRITON))
+            return _warned(f"triton {triton.__version__} is installed, and the kernels need {needed} or newer.")
         from fastbf.kernels import probe  # noqa: F401
-    except Exception as error:  # any kind: a library that is missing, too old a release
+    except Exception as error:  # any kind: a library that is missing, half an installation
         return _warned(f"triton is installed and cannot be imported: {type(error).__name__}: {error}")
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 @traced_as_constant

@@ -117,8 +117,9 @@ def main() -> int:
     parser.add_argument("--sm", nargs="+", type=int, choices=SHARED, default=list(SHARED))
     parser.add_argument("--may-spill", action="store_true", help="spilled registers are shown, and are no fault")
     parser.add_argument("--full", action="store_true", help="every dtype both ways, which takes twice as long")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one compilation of N, from end to end")
     arguments = parser.parse_args()
-    todo = jobs(arguments.kernel, arguments.sm, arguments.full)
+    todo = jobs(arguments.kernel, arguments.sm, arguments.full)[:: arguments.every]
     print(f"triton {triton.__version__}: {len(todo)} compilations")
     print(f"{'kernel':<23}{'dtype':<10}size keep   sm {'tiles':<31} regs spill  KiB  mma")
     faults = 0

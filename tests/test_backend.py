@@ -196,12 +196,14 @@ def test_a_gpu_for_which_nothing_can_be_built(monkeypatch):
 BROKEN = {
     "ImportError": "raise ImportError('version GLIBCXX_3.4.30 not found')",
     "OSError": "raise OSError('[WinError 126] DLL load failed')",
-    "an older release": "def jit(f): return f\n__path__ = []",
+    "half of a package": "__version__ = '3.7.0'\ndef jit(f): return f\n__path__ = []",
+    "no version": "__path__ = []",
     "an error of its own": "raise RuntimeError('half installed')",
 }
+OLDER = "triton 3.5.1+git1 is installed, and the kernels need 3.6 or newer."
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("broken", [*BROKEN.values(), "__version__ = '3.5.1+git1'"], ids=[*BROKEN, "an older release"])
 def test_a_triton_that_cannot_be_imported(broken, tmp_path):
     """Falls back with one warning, which names the cause; "triton" raises with it, and the command line says so."""
     (tmp_path / "triton").mkdir()
@@ -227,7 +229,7 @@ except ValueError as error:
     result = run("-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])})
     assert result.returncode == 0, result.stderr
     warned, explained, refused = result.stdout.splitlines()
-    cause = "triton is installed and cannot be imported: "
+    cause = OLDER if "3.5" in broken else "triton is installed and cannot be imported: "
     assert warned.startswith(f"1 fastbf uses PyTorch: {cause}")
     assert explained.startswith(f"torch: {cause}")
     assert refused.startswith(f"backend='triton' cannot serve this call: {cause}")

@@ -133,6 +133,63 @@ def test_metadata(built):
     assert not readme.isascii()
 
 
+def requirements(wheel):
+    """What an installation takes besides: the names without and with an extra."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    required = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist")
+    plain = {r for r in required if "extra ==" not in r}
+    return plain, {r.split(";")[0] for r in required if "extra == 'triton'" in r.replace('"', "'")}
+
+
+def test_requires_pytorch_alone(built):
+    """Its builds for CUDA and ROCm bring their own Triton, which must not be replaced."""
+    assert requirements(built[0]) == ({"torch>=2.10"}, {"triton>=3.6"})
+
+
+# What a user without Triton runs. The GPU is one in name only: no kernel is reached.
+WITHOUT_TRITON = """
+import importlib.util, warnings, torch, fastbf
+from fastbf import backend
+assert importlib.util.find_spec("triton") is None
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    former, classifier = fastbf.BatchFormer(16), fastbf.SharedClassifier(16, 3)
+    x, y = torch.randn(4, 16), torch.arange(4) % 3
+    for _ in range(3):
+        classifier.loss(former(x), y).backward()
+obstacle = backend._obstacle
+backend._obstacle = lambda *args, interpreter: obstacle(*args, interpreter=True)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for size in (5, 6):
+        classifier.loss(former(torch.randn(size, 16)), torch.arange(size) % 3).backward()
+print(len(seen), seen[0].message)
+try:
+    fastbf.BatchFormer(16, backend="triton")(x)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton(wheel_site, tmp_path):
+    """Everything is served by PyTorch. One warning says so where kernels could serve."""
+    for folder in (Path(path) for path in sys.path if path.endswith("-packages")):
+        for package in (p for p in folder.iterdir() if not p.name.startswith("triton") and p.suffix != ".pth"):
+            if not (tmp_path / package.name).exists():
+                (tmp_path / package.name).symlink_to(package)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(wheel_site), str(tmp_path)])}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    found = subprocess.run([sys.executable, "-S", "-c", WITHOUT_TRITON], **options, check=False)
+    assert found.returncode == 0, found.stderr
+    warned, refused = found.stdout.splitlines()
+    assert warned.startswith("1 fastbf uses PyTorch: triton is not installed")
+    assert refused.startswith("backend='triton' cannot serve this call: triton is not installed")
+    checked = subprocess.run([sys.executable, "-S", "-m", "fastbf"], **options, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.splitlines()[-1].startswith("everything is in order")
+
+
 def test_sdist_can_be_tested(unpacked):
     for name in ("kernels/__init__.py", "fastbf/py.typed", "tests/modules/test_layer.py", "Makefile", "README.md"):
         assert (unpacked / name).is_file()
