@@ -1,10 +1,12 @@
-"""What launchers share: the launch, operators for ``torch.compile``, and arguments of dropout."""
+"""What launchers share: the launch, building ahead, operators for ``torch.compile``, and arguments of dropout."""
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
@@ -55,7 +57,30 @@ class Launched(NamedTuple):
 #: backend sets this one, and without it no mode is known of.
 watched: Callable[[], bool] = bool
 
-_observers = threading.local()
+
+class Planned(NamedTuple):
+    """A launch that is not made."""
+
+    kernel: Any
+    device: torch.device
+    pointers: tuple[tuple[torch.dtype, bool], ...]  #: dtypes, and whether addresses are multiples of 16
+    numbers: tuple[Any, ...]
+    constants: Mapping[str, Any]
+
+
+#: Launches by all that Triton's cache depends on.
+Plan = dict[tuple[Any, ...], Planned]
+
+
+class _Observers(threading.local):
+    """What this thread does besides, or instead of, launching."""
+
+    observe: Callable[[Launched], None] | None = None
+    plan: Plan | None = None
+    ahead: Callable[[], None] | None = None
+
+
+_observers = _Observers()
 _INTERPRETED = knobs.runtime.interpret  # where kernels are made, each for its life
 
 
@@ -69,8 +94,80 @@ def noted(observe: Callable[[Launched], None]) -> Iterator[None]:
         _observers.observe = None
 
 
-def _is_noted() -> bool:
-    return getattr(_observers, "observe", None) is not None
+@contextmanager
+def planned() -> Iterator[Plan]:
+    """Within the context launches of this thread are not made. Those without a kernel that is built are listed."""
+    before, _observers.plan = _observers.plan, {}
+    try:
+        yield _observers.plan
+    finally:
+        _observers.plan = before
+
+
+def planning() -> bool:
+    """Whether this thread is in the context of :func:`planned`."""
+    return _observers.plan is not None
+
+
+class ahead:
+    """Within the context, which is entered once, the first launch without a kernel calls ``build`` before."""
+
+    def __init__(self, build: Callable[[], None]) -> None:
+        self.build = build
+
+    def __enter__(self) -> None:
+        _observers.ahead = self.build
+
+    def __exit__(self, *_: object) -> None:
+        _observers.ahead = None
+
+
+def build(plan: Plan) -> None:
+    """Builds the kernels of a plan side by side: Triton's compiler and ptxas let other threads run.
+
+    Raises:
+        BuildError: a compiler or the device refuses one. The others are built.
+    """
+    if not plan:
+        return
+    for kernel, device in {(job.kernel, job.device) for job in plan.values()}:
+        with _on(device):  # Triton makes a kernel's caches for a device at first use, not safe from several threads
+            kernel.device_caches[driver.active.get_current_device()]
+    failed: list[Planned] = []
+
+    def attempt(job: Planned) -> None:
+        try:
+            _compile(job)
+        except Exception:
+            failed.append(job)
+
+    with ThreadPoolExecutor(min(len(plan), os.cpu_count() or 1)) as threads:
+        list(threads.map(attempt, plan.values()))
+    for job in failed:  # alone: CPython 3.11 may fail to parse in several threads at once
+        _compile(job)
+
+
+def _compile(job: Planned) -> None:
+    """Compiles and loads a kernel."""
+    tensors = [torch.empty(32, dtype=dtype, device="cpu")[0 if aligned else 1 :] for dtype, aligned in job.pointers]
+    with _on(job.device):
+        with building(job.kernel.fn.__name__, compiler_refuses):
+            compiled = job.kernel.warmup(*tensors, *job.numbers, grid=(1,), **job.constants, **OPTIONS)
+        with building(job.kernel.fn.__name__, device_refuses):
+            compiled.run  # noqa: B018 (a property, which loads it)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_heard() -> bool:
+    """Whether launches are noted or planned."""
+    return _observers.observe is not None or _observers.plan is not None
 
 
 def stream_for(device: torch.device) -> int | None:
@@ -106,8 +203,10 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, programs, device, tensors, numbers, constants)
         return
-    observe = getattr(_observers, "observe", None)
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+    observe, plan = _observers.observe, _observers.plan
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter, which builds nothing
+        if plan is not None:
+            return
         interpret = partial(_interpret, kernel, programs, numbers, constants)
         if observe is None:
             interpret(*tensors)
@@ -120,7 +219,15 @@ def launch(
     aligned = addresses % 16 == 0 or tuple([t.data_ptr() % 16 == 0 for t in tensors])
     key = (kernel.fn, device, aligned, *[t.dtype for t in tensors], *constants.values())
     found = _compiled.get(key)
+    if plan is not None:
+        if found is None:
+            pointers = tuple([(t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+            plan[key] = Planned(kernel, device, pointers, numbers, constants)
+        return
     if found is None:
+        build_ahead, _observers.ahead = _observers.ahead, None
+        if build_ahead is not None and observe is None and not _captures(device):
+            build_ahead()
         with building(kernel.fn.__name__, compiler_refuses):
             kernel.warmup(*tensors, *numbers, grid=(programs,), **constants, **OPTIONS)
         with building(kernel.fn.__name__, device_refuses):
@@ -218,7 +325,7 @@ def operator(*writes: str, flops: Callable[..., int] | None = None) -> Callable[
 
         @wraps(launcher)
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
-            if not torch.compiler.is_compiling() and (flops is None or _is_noted() or not watched()):
+            if not torch.compiler.is_compiling() and (flops is None or _is_heard() or not watched()):
                 launcher(*args, **kwargs)
                 return
             given = {**defaults, **dict(zip(kinds, args, strict=False)), **kwargs}

@@ -15,6 +15,7 @@ from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
 from fastbf.triton_backend import tape
+from fastbf.triton_backend.building import apply
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
@@ -158,7 +159,7 @@ def encoder_layer(
     layer = layer if batch is None else layer._replace(batch=batch)
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
     x_rows, other, *given = distinct(matrix, other, *tensors)
-    return from_rows(_EncoderLayer.apply(x_rows, other, seed, layer, *given), rows, x.shape)
+    return from_rows(apply(_EncoderLayer, x_rows, other, seed, layer, *given), rows, x.shape)
 
 
 @lru_cache(maxsize=1024)

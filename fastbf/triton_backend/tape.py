@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.kernels.launch import Launched, noted, stream_for
+from fastbf.kernels.launch import Launched, noted, planning, stream_for
 from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast, watched
 
 aten: Any = torch.ops.aten
@@ -56,7 +56,7 @@ def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
     """
-    if torch.compiler.is_compiling() or what not in _tapes or watched():
+    if torch.compiler.is_compiling() or what not in _tapes or watched() or planning():
         return None
     first: Any = tensors[0]
     stream = stream_for(first.device)
@@ -77,7 +77,7 @@ def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> It
     The second call of a signature is noted. A batch of another size often comes once.
     """
     results: list[Any] = []
-    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
+    if what is None or torch.compiler.is_compiling() or watched() or planning() or not _is_second(what, tensors):
         yield results
         return
     recorder = _Recorder(tensors)

@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import fastbf
 from fastbf import backend, functional
-from fastbf.kernels import failures, launch, probe
+from fastbf.kernels import activation, failures, launch, probe
 from fastbf.kernels.failures import BuildError, CaptureError
 from tests.driver.device import device
 
@@ -90,6 +90,8 @@ def test_a_first_launch_that_is_captured(where, name, result, cuda):
 def test_capture_in_backward(cuda):
     x = torch.ones(64, 32, requires_grad=True)
     y = functional.activation_dropout(x, "relu", dropout_p=0.0)
+    launch._compiled.clear()  # forward built the kernel of backward
+    activation.activation_backward.device_caches.clear()
     with cuda.failing("cuModuleLoadData", CAPTURING), pytest.raises(CaptureError):
         silently(y.sum().backward)
     assert backend._failed == {}

@@ -1,0 +1,64 @@
+"""The kernels of a call and of its backward, built before the first of them is launched.
+
+Both directions run once with launches that are only listed, on memory that nothing has written to. Allocations and
+matrix products are made. What is listed is built side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastbf.kernels import launch
+
+
+class _Context:
+    """What a Function's two directions hand on."""
+
+    def __init__(self, needs: Sequence[bool]) -> None:
+        self.needs_input_grad = tuple(needs)
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self.constant: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self.constant = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply(*args)``, whose first launch without a kernel builds all that both directions launch.
+
+    Raises:
+        BuildError: a compiler or the device refuses a kernel, of backward as well.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    with launch.ahead(partial(build, function, torch.is_grad_enabled(), args)):
+        return function.apply(*args)
+
+
+def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -> None:
+    """Builds what the Function launches, and its backward if autograd records.
+
+    Raises:
+        BuildError: as :func:`apply`.
+    """
+    needs = [differentiates and isinstance(a, Tensor) and a.requires_grad for a in args]
+    context: Any = _Context(needs)
+    with torch.no_grad(), launch.planned() as plan:
+        results = function.forward(context, *(a.detach() if isinstance(a, Tensor) else a for a in args))
+        if any(needs):
+            results = results if isinstance(results, tuple) else (results,)
+            constant = {id(t) for t in context.constant}
+            function.backward(context, *(None if id(t) in constant else torch.empty_like(t) for t in results))
+    launch.build(plan)
