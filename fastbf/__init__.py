@@ -7,6 +7,7 @@ from fastbf.cuda_graphs import make_graphed
 from fastbf.modules import BatchFormer, BatchFormerLayer, SharedClassifier
 from fastbf.surgery import convert, strip
 from fastbf.version import __version__
+from fastbf.warming import warm_up
 
 __all__ = [
     "BatchFormer",
@@ -20,4 +21,5 @@ __all__ = [
     "make_graphed",
     "strip",
     "update_average",
+    "warm_up",
 ]

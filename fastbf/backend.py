@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -113,6 +115,22 @@ def _tried(device: torch.device) -> str | None:
     except BuildError as error:
         return _warned(f"Triton cannot build a kernel for {device}, {error}")
     return None
+
+
+@contextmanager
+def building() -> Iterator[dict[Any, Any]]:
+    """Within the context no kernel of this thread is launched; those that are not built yet are listed.
+
+    At its end they are built, side by side.
+    """
+    if _import_obstacle() is not None:
+        yield {}
+        return
+    from fastbf.kernels import launch
+
+    with launch.planned() as plan:
+        yield plan
+    launch.build(plan)
 
 
 _failed: dict[tuple[str, torch.device], str] = {}

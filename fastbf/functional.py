@@ -334,7 +334,7 @@ def encoder_layer(
     seed = _as_seed(seed, options.dropout_p, x.device, _needs_seed(choice, group))
     batch = None
     if group is not None and not alone:
-        batch = _meet(group, x, weights, absent, choice, options, forked)
+        batch = _meet(group, x, weights, absent, choice, options, forked, plain is not None)
         if not (batch.total() and x.numel()):
             x, batch = gathering.confirmed(x, batch), None  # nothing to send
     if choice.backend == "triton":
@@ -358,8 +358,9 @@ def _with_zero_sample(x: Tensor, plain: Tensor | None, forked: bool) -> tuple[Te
 
 
 def _meet(
-    group: str, x: Tensor, weights: LayerWeights, absent: bool, choice: Choice, options: LayerOptions, forked: bool
-) -> Batch:
+    group: str, x: Tensor, weights: LayerWeights, absent: bool, choice: Choice, options: LayerOptions, forked: bool,
+    forks: bool,
+) -> Batch:  # fmt: skip
     """Meets the other ranks, and returns the batch that they share."""
     if transformed():
         raise ValueError("a process_group is not for transforms of torch.func")
@@ -368,7 +369,11 @@ def _meet(
     roots += [weights.norm1_weight, weights.norm1_bias] if options.norm_first else []
     numbers = options.num_heads, drop_threshold(options.dropout_p)
     facts = Facts("encoder_layer", dtype, differentiated(*roots), choice.backend, *numbers, x.shape[1:])
-    return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts)
+    call = None
+    if choice.backend == "triton":
+        tensors = [(t.dtype, t.requires_grad) if t is not None else None for t in (x, *weights)]
+        call = (x.shape, x.stride(), options, forked, forks, torch.is_grad_enabled(), *tensors)
+    return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts, call)
 
 
 @overload

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.launch import cdiv, launch, operator
+from fastbf.kernels.launch import at_16_bytes, cdiv, launch, operator
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rows import Tile, partial_sums
 
@@ -369,6 +369,7 @@ def forward(z: Tensor, target: Tensor, options: Options, *, count: bool, first: 
         of_rows: (6, M) fp32 to write to, contiguous: ``ROW``.
     """
     rows, num_classes = z.shape
+    target = target if target.is_floating_point() else at_16_bytes(target)
     flags = _flags(num_classes, target, options)
     flags.update(COUNT=count, maxnreg=REGISTERS)
     pointers = _pointers(z, target, options.weight, options.bias, options.logit_bias, of_rows)
@@ -408,6 +409,7 @@ def backward(
         sums: (K,) fp32 to write to, or None.
     """
     rows, num_classes = z.shape
+    target = target if target.is_floating_point() else at_16_bytes(target)
     flags = _flags(num_classes, target, options)
     flags.update(MEAN=total is not None, SUMS=sums is not None, maxnreg=REGISTERS)
     tiles = cdiv(num_classes, flags["BC"])

@@ -252,6 +252,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def at_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy of it, whose address is a multiple of 16: for others another kernel would be built."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def keep_mode(threshold: int) -> int:
     """How decisions are drawn: ``KEEP`` of ``kernels/rng.py``."""
     return {0: KEEP_ALL, 32768: KEEP_BITS}.get(threshold, KEEP_HALVES).value

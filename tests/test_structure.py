@@ -20,7 +20,7 @@ FLOORS = (
     ("fastbf", "fastbf.__main__"),
     ("fastbf.surgery",),
     ("fastbf.plain",),
-    ("fastbf.cuda_graphs", "fastbf.averaging"),
+    ("fastbf.cuda_graphs", "fastbf.averaging", "fastbf.warming"),
     ("fastbf.modules",),
     ("fastbf.functional",),
     ("fastbf.torch_backend", "fastbf.triton_backend"),

@@ -1,7 +1,8 @@
 """Collectives that gather samples, at once or in parts, and that sum their gradients over ranks.
 
 Tensors are contiguous and hold samples along their first dimension: n of one rank, M of all ranks. A rank without
-samples has tensors of one row of zeros, and sends nothing.
+samples has tensors of one row of zeros, and sends nothing. Of a silent batch nothing is sent, and what would be
+received has any values.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
         x: (n, …).
         out: (M, …) to write to.
     """
+    if not batch.group:
+        return Pending(out, [])
     group, own = peers(batch.group).group, x[: batch.own()]
     if _even(batch):
         return Pending(out, [all_gather(out, own, group)], own)
@@ -62,6 +65,8 @@ def gather(x: Tensor, out: Tensor, batch: Batch) -> Pending:
 
 def scatter_sum(x: Tensor, batch: Batch) -> Pending:
     """Begins to sum x (M, …) over ranks, and gives this rank's samples (n, …). x may be overwritten."""
+    if not batch.group:
+        return Pending(x[: batch.own()], [])
     group = peers(batch.group).group
     if _even(batch):
         out = torch.empty((batch.own(), *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -136,12 +141,15 @@ def _chunk(x: Tensor, start: int, batch: Batch) -> Pending:
     for rank, part, samples in _owners(out, start, batch):
         if rank == batch.rank:
             part.copy_(x[samples])
-        works.append(_broadcast(part, rank, peers(batch.group).group))
+        if batch.group:
+            works.append(_broadcast(part, rank, peers(batch.group).group))
     return Pending(out, works)
 
 
 def sum_chunk(x: Tensor, start: int, batch: Batch) -> Pending:
     """Begins to sum a chunk x (m, …), which begins at ``start``, over ranks. Each rank gets the sum of its samples."""
+    if not batch.group:
+        return Pending(x, [])
     return Pending(x, [_reduce(part, rank, peers(batch.group).group) for rank, part, _ in _owners(x, start, batch)])
 
 

@@ -8,7 +8,7 @@ sizes of all batches, and calls that do not fit each other raise the same error 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ class Peers(NamedTuple):
     group: dist.ProcessGroup  #: carries tensors
     hosts: dist.ProcessGroup  #: the same ranks; carries the messages of meetings
     size: int
+    own_calls: set[Hashable]  #: calls that this rank has met for
+    calls: set[Hashable]  #: what meetings found, the same on every rank
 
 
 class Batch(NamedTuple):
@@ -35,6 +37,7 @@ class Batch(NamedTuple):
     sizes: Sequence[int]  #: samples of every rank
     facts: Sequence[int]  #: :meth:`Facts.numbers` of the call
     met: bool  #: whether the meeting was held; under a compiler the operator holds it
+    new: bool = False  #: whether a rank makes such a call for the first time, and may fail to build what it takes
 
     def first(self) -> int:
         """The index of this rank's first sample."""
@@ -48,9 +51,13 @@ class Batch(NamedTuple):
         """The number of all ranks' samples."""
         return sum(self.sizes)
 
+    def silent(self) -> Batch:
+        """The same, of which nothing is sent."""
+        return self._replace(group="")
+
 
 #: A :class:`Batch` in the schema of an operator.
-BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met"
+BATCH = "str group, int rank, SymInt[] sizes, SymInt[] facts, bool met, bool new"
 
 _CALLS = ("gather", "encoder_layer")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -153,6 +160,8 @@ def rank_and_size(name: str) -> tuple[int, int]:
 
 
 _peers: dict[str, Peers] = {}
+#: How many calls of each kind are remembered.
+_MOST_CALLS = 4096
 
 
 def peers(name: str) -> Peers:
@@ -163,7 +172,7 @@ def peers(name: str) -> Peers:
     """
     group, found = _group(name), _peers.get(name)
     if found is None or found.group is not group:  # names are used again after destroy_process_group
-        found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group))
+        found = _peers[name] = Peers(group, _hosts(group), dist.get_world_size(group), set(), set())
     return found
 
 
@@ -179,7 +188,7 @@ def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
     )
 
 
-def meet(name: str, samples: int, facts: Facts) -> Batch:
+def meet(name: str, samples: int, facts: Facts, call: Hashable = None) -> Batch:
     """Holds the meeting of a call: every rank learns how many samples each of the others has.
 
     Under a compiler all ranks are assumed to have as many as this one. The operator that gets the batch then holds the
@@ -189,6 +198,7 @@ def meet(name: str, samples: int, facts: Facts) -> Batch:
         name: of the group; all of its ranks call.
         samples: 0 or more.
         facts: what has to be the same on all ranks.
+        call: all that this rank's kernels depend on, if the call takes any.
 
     Raises:
         ValueError: on every rank, if it is not the same.
@@ -197,7 +207,42 @@ def meet(name: str, samples: int, facts: Facts) -> Batch:
     (rank, size), numbers = rank_and_size(name), facts.numbers()
     if torch.compiler.is_compiling():
         return Batch(name, rank, [samples] * size, numbers, met=False)
-    return Batch(name, rank, _exchange(name, samples, numbers), numbers, met=True)
+    of_group = peers(name)
+    is_new = call is not None and call not in of_group.own_calls
+    sizes, new = _exchange(name, samples, numbers, is_new)
+    if call is not None:
+        found = (*sizes, *numbers)
+        new = new or found not in of_group.calls
+        for calls, one in ((of_group.own_calls, call), (of_group.calls, found)):
+            if len(calls) >= _MOST_CALLS:  # of what meetings found at the same time on every rank
+                calls.clear()
+            calls.add(one)
+    return Batch(name, rank, sizes, numbers, met=True, new=new)
+
+
+def agree(batch: Batch, attempt: Callable[[], object]) -> None:
+    """Makes an attempt on every rank, before tensors are sent. If it fails on one rank, all raise.
+
+    Raises:
+        Exception: what the attempt raised.
+        RuntimeError: it failed on other ranks only.
+    """
+    _, hosts, size, own_calls, calls = peers(batch.group)
+    error: Exception | None = None
+    try:
+        attempt()
+    except Exception as raised:
+        error = raised
+    failed = torch.empty(size, dtype=torch.int64, device="cpu")
+    all_gather(failed, torch.tensor([error is not None], dtype=torch.int64, device="cpu"), hosts).wait()
+    if error is None and not failed.any():
+        return
+    own_calls.clear()
+    calls.clear()
+    if error is not None:
+        raise error
+    ranks = ", ".join(str(rank) for rank, one in enumerate(failed.tolist()) if one)
+    raise RuntimeError(f"rank {ranks} of process_group failed before it sent anything, with the error that it raises")
 
 
 def confirm(batch: Batch) -> None:
@@ -208,28 +253,31 @@ def confirm(batch: Batch) -> None:
     """
     if batch.met:
         return
-    sizes = _exchange(batch.group, batch.own(), batch.facts)
+    sizes, _ = _exchange(batch.group, batch.own(), batch.facts, False)
     if len(set(sizes)) > 1:
         raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
 
 
-def _exchange(name: str, samples: int, numbers: Sequence[int]) -> list[int]:
-    """Sends this rank's samples and facts to all ranks, compares the facts, and returns every rank's samples."""
+def _exchange(name: str, samples: int, numbers: Sequence[int], new: bool) -> tuple[list[int], bool]:
+    """Sends this rank's samples and facts to all ranks, and compares the facts.
+
+    Returns every rank's samples, and whether the call is new to one of them.
+    """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
-    _, hosts, size = peers(name)
-    own = torch.tensor([samples, *numbers], dtype=torch.int64, device="cpu")
+    _, hosts, size, _, _ = peers(name)
+    own = torch.tensor([samples, new, *numbers], dtype=torch.int64, device="cpu")
     messages = torch.empty(size * len(own), dtype=torch.int64, device="cpu")
     all_gather(messages, own, hosts).wait()
     of_ranks = messages.view(size, -1).tolist()
     sizes = [message[0] for message in of_ranks]
-    for fact, *values in zip(Facts._fields, *[Facts.of(message[1:]) for message in of_ranks], strict=True):
+    for fact, *values in zip(Facts._fields, *[Facts.of(message[2:]) for message in of_ranks], strict=True):
         if len(set(values)) > 1:
             raise ValueError(
                 f"all ranks of process_group must make the same call, got {fact} {values} on ranks 0 to {size - 1} "
                 f"with {sizes} samples"
             )
-    return sizes
+    return sizes, any(message[1] for message in of_ranks)
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from fastbf.dropout import drop_threshold
 from fastbf.kernels import attention
-from fastbf.triton_backend.building import apply
+from fastbf.triton_backend.building import building_ahead
 from fastbf.triton_backend.functions import by_kernels, distinct, empty_like
 
 __all__ = ["batch_attention"]
@@ -44,4 +44,6 @@ class _Attention(Function):
 
 def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D) of one dtype → q's shape."""
-    return apply(_Attention, *distinct(q, k, v), (scale, drop_threshold(dropout_p)), seed)
+    given = *distinct(q, k, v), (scale, drop_threshold(dropout_p)), seed
+    with building_ahead(_Attention, *given):
+        return _Attention.apply(*given)

@@ -7,6 +7,7 @@ matrix products are made. What is listed is built side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf.kernels import launch
+
+_NOTHING = nullcontext()
 
 
 class _Context:
@@ -35,23 +38,21 @@ class _Context:
         pass
 
 
-def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)``, whose first launch without a kernel builds all that both directions launch.
+def building_ahead(function: type[Function], *args: Any) -> AbstractContextManager[object]:
+    """A context for ``function.apply(*args)``: its first launch without a kernel builds those of both directions.
 
-    Raises:
-        BuildError: a compiler or the device refuses a kernel, of backward as well.
+    A kernel of backward that is refused so raises BuildError in forward.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
-    with launch.ahead(partial(build, function, torch.is_grad_enabled(), args)):
-        return function.apply(*args)
+        return _NOTHING
+    return launch.ahead(partial(build, function, torch.is_grad_enabled(), args))
 
 
 def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -> None:
     """Builds what the Function launches, and its backward if autograd records.
 
     Raises:
-        BuildError: as :func:`apply`.
+        BuildError: a compiler or the device refuses a kernel.
     """
     needs = [differentiates and isinstance(a, Tensor) and a.requires_grad for a in args]
     context: Any = _Context(needs)

@@ -23,7 +23,7 @@ from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
 from fastbf.triton_backend import tape
-from fastbf.triton_backend.building import apply
+from fastbf.triton_backend.building import building_ahead
 from fastbf.triton_backend.functions import by_kernels, dense, distinct, empty_like, limits_of, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
@@ -317,7 +317,9 @@ def linear_cross_entropy(
     head = Head(*options, keep=keep, compute=compute, loss=loss_type)
     x, target, linear_bias, weight, logit_bias = dense(rows, target, linear_bias, weight, logit_bias)
     x, linear_weight, linear_bias, logit_bias = distinct(x, linear_weight, linear_bias, logit_bias)
-    loss, of_streams = apply(_Classifier, x, linear_weight, linear_bias, logit_bias, target, weight, head)
+    given = x, linear_weight, linear_bias, logit_bias, target, weight, head
+    with building_ahead(_Classifier, *given):
+        loss, of_streams = _Classifier.apply(*given)
     if options.reduction == "none":
         loss = loss.view(input.shape[:-1])
     return loss, of_streams.unbind() if options.stats else ()

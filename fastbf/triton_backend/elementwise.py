@@ -15,7 +15,7 @@ from fastbf.kernels.add_norm import Norm
 from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows, partial_sums
 from fastbf.torch_state import norm_dtype
-from fastbf.triton_backend.building import apply
+from fastbf.triton_backend.building import building_ahead
 from fastbf.triton_backend.functions import (
     as_rows,
     by_kernels,
@@ -98,11 +98,14 @@ def dropout_add_layer_norm(
     matrix, rows = in_memory_order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
     tensors = distinct(matrix, as_rows(residual, rows), *dense(weight, bias))
-    return from_rows(apply(_AddNorm, *tensors, seed, drop_threshold(dropout_p), eps, dtype, rows), rows, x.shape)
+    given = *tensors, seed, drop_threshold(dropout_p), eps, dtype, rows
+    with building_ahead(_AddNorm, *given):
+        return from_rows(_AddNorm.apply(*given), rows, x.shape)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x)). x (N, …, F) → its shape."""
     matrix, rows = in_memory_order(x)
-    u = apply(_Activation, matrix, activation, seed, drop_threshold(dropout_p), rows)
-    return from_rows(u, rows, x.shape)
+    given = matrix, activation, seed, drop_threshold(dropout_p), rows
+    with building_ahead(_Activation, *given):
+        return from_rows(_Activation.apply(*given), rows, x.shape)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf.distributed.process_groups import Batch
+from fastbf.distributed.process_groups import Batch, agree
 from fastbf.dropout import drop_threshold
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
 from fastbf.triton_backend import tape
-from fastbf.triton_backend.building import apply
+from fastbf.triton_backend.building import build, building_ahead
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
@@ -156,10 +156,17 @@ def encoder_layer(
     norm = x.dtype if compute == x.dtype else torch.promote_types(x.dtype, compute)
     make = _layer.__wrapped__ if torch.compiler.is_compiling() else _layer
     layer = make(rows, options, fork, compute, norm_dtype(x, norm))
-    layer = layer if batch is None else layer._replace(batch=batch)
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
     x_rows, other, *given = distinct(matrix, other, *tensors)
-    return from_rows(apply(_EncoderLayer, x_rows, other, seed, layer, *given), rows, x.shape)
+    if batch is None:
+        with building_ahead(_EncoderLayer, x_rows, other, seed, layer, *given):
+            out = _EncoderLayer.apply(x_rows, other, seed, layer, *given)
+    else:
+        if batch.new:
+            silent = x_rows, other, seed, layer._replace(batch=batch.silent()), *given
+            agree(batch, partial(build, _EncoderLayer, torch.is_grad_enabled(), silent))
+        out = _EncoderLayer.apply(x_rows, other, seed, layer._replace(batch=batch), *given)
+    return from_rows(out, rows, x.shape)
 
 
 @lru_cache(maxsize=1024)

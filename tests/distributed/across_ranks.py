@@ -20,7 +20,9 @@ from fastbf import functional
 from fastbf.distributed import collectives, process_groups
 from fastbf.distributed import gathering as distributed
 from fastbf.distributed.process_groups import Batch, Facts, name_of
-from fastbf.triton_backend import attention_across_ranks
+from fastbf.kernels import launch
+from fastbf.kernels.failures import BuildError
+from fastbf.triton_backend import attention_across_ranks, encoder_layer
 from tests.memory import PeakMemory
 from tests.triton_backend.test_encoder_layer import SEED, features, weights
 
@@ -373,7 +375,7 @@ def checked_operators():
     name, rank = name_of(dist.group.WORLD), dist.get_rank()
     for met in (True, False):
         facts = Facts("encoder_layer", torch.float32, True, "triton", 4, 32768, (3, 32)).numbers()
-        batch = Batch(name, rank, [6, 6], facts, met)
+        batch = Batch(name, rank, [6, 6], facts, met, False)
         x, out, seed = torch.randn(6, 3, 32), torch.randn(12, 3, 32), torch.tensor([SEED])
         q, kv, kept = torch.randn(6, 3, 4, 8), torch.randn(6, 3, 64), torch.zeros(12, 3, 64)
         o, lse = torch.zeros_like(q), torch.zeros(12, 6)
@@ -429,6 +431,29 @@ def meetings(steps):
             x, y = batch(6)
             net(x, y).backward()
     return exchange.call_count
+
+
+def unbuilt(sizes, kind):
+    """Rank 1 cannot build a kernel at first: what each rank raises, what it has sent by then, and what it agrees on."""
+    net, (x, y) = Loss(models("triton", WORLD)), batch(sum(sizes))
+    x, y = mine(x, sizes), mine(y, sizes)
+    process_groups.peers(name_of(dist.group.WORLD)).calls.clear()  # of tests before
+    refusal = {"side_effect": BuildError("backward_query: refused")} if dist.get_rank() == 1 else {}
+    raised, agreements = [], []
+    with chunks_of(kind):
+        sending = [mock.patch.object(collectives, name) for name in ("all_gather", "_broadcast")]
+        with sending[0] as gathered, sending[1] as sent, mock.patch.object(launch, "build", **refusal):
+            for _ in range(2):
+                try:
+                    net(x, y)
+                except RuntimeError as error:
+                    raised.append(f"{type(error).__name__}: {error}")
+            calls = gathered.call_count + sent.call_count
+        with mock.patch.object(encoder_layer, "agree", wraps=encoder_layer.agree) as agree:
+            for _ in range(2):
+                net(x, y).backward()
+                agreements.append(agree.call_count)
+    return raised, calls, agreements
 
 
 def sharded_classifier(hooked, registered):

@@ -295,7 +295,17 @@ def test_a_cuda_graph_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
-        process_groups._exchange("group", 3, [0])
+        process_groups._exchange("group", 3, [0], False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(3, 3), (130, 3)], ids=str)
+def test_a_kernel_that_one_rank_cannot_build(sizes, kind, worlds):
+    """All ranks raise before a tensor is sent, and do so until it can be built; then they agree once."""
+    expected = "RuntimeError: rank 1 of process_group failed", "BuildError: backward_query: refused"
+    for error, (raised, sent, agreements) in zip(expected, worlds(2).run(work.unbuilt, sizes, kind), strict=True):
+        assert [text[: len(error)] for text in raised] == [error] * 2
+        assert (sent, agreements) == (0, [1, 1])
 
 
 def test_operators(worlds):

@@ -142,3 +142,67 @@ def test_how_many_kernels_a_step_meets(case, modules, cuda):
             fork = former(features(n, *positions, dtype=dtype))
             classifier.loss(fork, (torch.arange(n) % K).view(n, *[1] * len(positions)).expand(n, *positions)).backward()
     assert len(launch._compiled) == cuda.loads == count
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(C)
+        self.former = fastbf.BatchFormer(C, backend="triton")
+        self.classifier = fastbf.SharedClassifier(C, K, backend="triton")
+
+    def forward(self, x, y):
+        features = self.former(self.norm(x), y)
+        return self.classifier.loss(*features) if self.training else self.classifier.loss(features[0], y)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_warm_up(amp, frozen, cuda):
+    """Training and evaluation build nothing after it; the module, gradients and random numbers are as before."""
+    net, x, y = Net(), torch.randn(N, C), torch.arange(N) % K
+    net.norm.requires_grad_(not frozen)
+    before, random = {name: t.clone() for name, t in net.state_dict().items()}, torch.get_rng_state()
+    with autocast(amp):
+        built = fastbf.warm_up(net.eval(), x, y)
+    assert built == cuda.loads > 10
+    assert cuda.launches() == []
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not net.training
+    assert all(p.grad is None for p in net.parameters())
+    for _ in range(3):
+        with autocast(amp):
+            loss = net.train()(x, y)
+        loss.backward()
+        with torch.no_grad(), autocast(amp):
+            net.eval()(x, y)
+    assert cuda.loads == built == len(launch._compiled)
+    with autocast(amp):
+        assert fastbf.warm_up(net, x, y) == 0
+    tape.forget()
+
+
+def test_warm_up_of_a_step(cuda):
+    net, x, y = Net(), torch.randn(N, C), torch.arange(N) % K
+    step = lambda net, x, y: {"loss": net.classifier.loss(net.former(x), y)}  # noqa: E731
+    built = fastbf.warm_up(net, x, y, step=step)
+    step(net.train(), x, y)["loss"].backward()
+    assert cuda.loads == built
+    tape.forget()
+
+
+def test_warm_up_raises_what_the_step_raises(cuda):
+    net = Net()
+    with pytest.raises(ValueError, match="target"):
+        fastbf.warm_up(net, torch.randn(N, C), torch.arange(N - 1) % K)
+    assert net.training
+    assert not launch.planning()
+
+
+def test_misaligned_class_indices_build_nothing(modules, cuda):
+    classifier, x, y = modules[1], features(), torch.arange(N + 1) % K
+    classifier.loss(x, y[:-1]).backward()
+    before = cuda.loads
+    classifier.loss(x, y[1:]).backward()
+    assert cuda.loads == before
