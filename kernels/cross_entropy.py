@@ -35,6 +35,9 @@ _RUNTIME = ["rows", "first", "of_all", "targets", "pieces", "aligned_classes", "
 PIECE = 16  #: bytes of one load
 # At most eight rows: every thread keeps numbers of each row of its tile, and more of them would spill.
 _TILE_ELEMENTS, _MAX_ROWS, _MAX_CLASSES, _WARPS = 2048, 8, 2048, 4
+#: Up to so many rows one program adds up the numbers of all of them; of more, one for every part of so many.
+PART = 1 << 14
+_MOST_PARTS = 1024
 #: Registers of a thread. Without a limit, ptxas spills a few values to fit more programs on a multiprocessor.
 REGISTERS = 168
 
@@ -220,40 +223,78 @@ def _mean(loss, total):
     return tl.where(total == 0.0, float("nan"), loss / total)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def cross_entropy_finish(
-    p_rows, p_loss, p_total, p_stats,
-    rows: tl.int32, STREAMS: tl.constexpr, BM: tl.constexpr, MEAN: tl.constexpr,
+@triton.jit
+def _sums(p_rows, of_all, first, stop, BM: tl.constexpr):
+    """Of rows from ``first`` on: loss, what a mean divides by, and how many count, are right, are right unadjusted."""
+    losses = tl.zeros((BM,), tl.float32)
+    norms = tl.zeros((BM,), tl.float32)
+    counted = tl.zeros((BM,), tl.float32)
+    right = tl.zeros((BM,), tl.float32)
+    right_unadjusted = tl.zeros((BM,), tl.float32)
+    lowest = tl.zeros((BM,), tl.float32)
+    for start in range(first, stop, BM):
+        index = start + tl.arange(0, BM)
+        p_row = p_rows + index
+        losses += tl.load(p_row, mask=index < stop, other=0.0)
+        norms += tl.load(p_row + of_all.to(tl.int64), mask=index < stop, other=0.0)
+        code = tl.load(p_row + 4 * of_all.to(tl.int64), mask=index < stop, other=0.0)
+        lowest = tl.minimum(lowest, code)
+        counted += tl.where(code != 0.0, 1.0, 0.0)
+        right += tl.where((code == 2.0) | (code == 4.0), 1.0, 0.0)
+        right_unadjusted += tl.where(code > 2.0, 1.0, 0.0)
+    tl.device_assert(lowest >= 0.0, "fastbf linear_cross_entropy: a class index in target is out of range")
+    return tl.sum(losses, 0), tl.sum(norms, 0), tl.sum(counted, 0), tl.sum(right, 0), tl.sum(right_unadjusted, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "part_rows"])
+def cross_entropy_sums(
+    p_rows, p_parts, rows: tl.int32, parts: tl.int32, part_rows: tl.int32, STREAMS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """The loss, what a mean divides by, and each stream's ``STATS``. One program."""
+    """The numbers of :func:`_sums` of one part of a stream, to p_parts (5, STREAMS, parts). Grid: STREAMS · parts."""
+    program, each = tl.program_id(0), rows // STREAMS
+    first, end = program // parts * each, (program // parts + 1) * each
+    first += program % parts * part_rows
+    sums = _sums(p_rows, rows, first, tl.minimum(first + part_rows, end), BM)
+    for i in tl.static_range(5):
+        tl.store(p_parts + i * STREAMS * parts + program, sums[i])
+
+
+@triton.jit
+def _sums_of_parts(p_parts, parts, stream, STREAMS: tl.constexpr, BM: tl.constexpr):
+    """The sums over a stream's parts, BM at most."""
+    index = tl.arange(0, BM)
+    p_part, step, mask = p_parts + stream * parts + index, STREAMS * parts, index < parts
+    return (
+        tl.sum(tl.load(p_part, mask=mask, other=0.0), 0),
+        tl.sum(tl.load(p_part + step, mask=mask, other=0.0), 0),
+        tl.sum(tl.load(p_part + 2 * step, mask=mask, other=0.0), 0),
+        tl.sum(tl.load(p_part + 3 * step, mask=mask, other=0.0), 0),
+        tl.sum(tl.load(p_part + 4 * step, mask=mask, other=0.0), 0),
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def cross_entropy_finish(
+    p_rows, p_loss, p_total, p_stats, rows: tl.int32, parts: tl.int32,
+    STREAMS: tl.constexpr, BM: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The loss, what a mean divides by, and each stream's ``STATS``. One program.
+
+    With PARTS ``p_rows`` is what :func:`cross_entropy_sums` wrote.
+    """
     loss = 0.0
     total = 0.0
     each = rows // STREAMS
     for stream in tl.static_range(STREAMS):
-        losses = tl.zeros((BM,), tl.float32)
-        norms = tl.zeros((BM,), tl.float32)
-        counted = tl.zeros((BM,), tl.float32)
-        right = tl.zeros((BM,), tl.float32)
-        right_unadjusted = tl.zeros((BM,), tl.float32)
-        lowest = tl.zeros((BM,), tl.float32)
-        for start in range(0, each, BM):
-            index = start + tl.arange(0, BM)
-            p_row = p_rows + stream * each + index
-            losses += tl.load(p_row, mask=index < each, other=0.0)
-            norms += tl.load(p_row + rows.to(tl.int64), mask=index < each, other=0.0)
-            code = tl.load(p_row + 4 * rows.to(tl.int64), mask=index < each, other=0.0)
-            lowest = tl.minimum(lowest, code)
-            counted += tl.where(code != 0.0, 1.0, 0.0)
-            right += tl.where((code == 2.0) | (code == 4.0), 1.0, 0.0)
-            right_unadjusted += tl.where(code > 2.0, 1.0, 0.0)
-        tl.device_assert(lowest >= 0.0, "fastbf linear_cross_entropy: a class index in target is out of range")
-        stream_loss, stream_norm = tl.sum(losses, 0), tl.sum(norms, 0)
-        tl.store(p_stats + stream, _mean(stream_loss, stream_norm))
-        rows_counted = tl.sum(counted, 0)
-        tl.store(p_stats + STREAMS + stream, tl.sum(right, 0) / rows_counted)
-        tl.store(p_stats + 2 * STREAMS + stream, tl.sum(right_unadjusted, 0) / rows_counted)
-        loss += stream_loss
-        total += stream_norm
+        if PARTS:
+            sums = _sums_of_parts(p_rows, parts, stream, STREAMS, BM)
+        else:
+            sums = _sums(p_rows, rows, stream * each, (stream + 1) * each, BM)
+        tl.store(p_stats + stream, _mean(sums[0], sums[1]))
+        tl.store(p_stats + STREAMS + stream, sums[3] / sums[2])
+        tl.store(p_stats + 2 * STREAMS + stream, sums[4] / sums[2])
+        loss += sums[0]
+        total += sums[1]
     if MEAN:
         loss = _mean(loss, total)
     tl.store(p_loss, loss.to(p_loss.dtype.element_ty))
@@ -389,8 +430,17 @@ def finish(of_rows: Tensor, *, streams: int, mean: bool, loss: Tensor, total: Te
         total: one fp32 element to write to: what a mean divides by.
         stats: (3, streams) fp32 to write to: ``STATS``.
     """
-    flags = {"STREAMS": streams, "BM": 1024, "MEAN": mean, "num_warps": 8, "debug": True}  # debug: the assertion is on
-    launch(cross_entropy_finish, 1, of_rows.device, (of_rows, loss, total, stats), (of_rows.shape[1],), flags)
+    rows, device, parts = of_rows.shape[1], of_rows.device, 0
+    flags = {"STREAMS": streams, "BM": _MOST_PARTS, "num_warps": 8, "debug": True}  # debug: the assertion is on
+    if rows > PART:
+        each = rows // streams
+        part_rows = max(PART, cdiv(each, _MOST_PARTS))
+        parts = cdiv(each, part_rows)
+        sums = torch.empty(5, streams, parts, dtype=torch.float32, device=device)
+        launch(cross_entropy_sums, streams * parts, device, (of_rows, sums), (rows, parts, part_rows), flags)
+        of_rows = sums
+    flags = {**flags, "MEAN": mean, "PARTS": parts > 0}
+    launch(cross_entropy_finish, 1, device, (of_rows, loss, total, stats), (rows, parts), flags)
 
 
 @operator("dz", "sums")

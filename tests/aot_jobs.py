@@ -18,7 +18,7 @@ KERNELS = {
         attention.forward_streaming, attention.forward_packed, attention.backward_query, attention.backward_key_value,
         attention.backward_packed, add_norm.add_norm_forward, add_norm.add_norm_backward,
         activation.activation_forward, activation.activation_backward, cross_entropy.cross_entropy_forward,
-        cross_entropy.cross_entropy_finish, cross_entropy.cross_entropy_backward,
+        cross_entropy.cross_entropy_sums, cross_entropy.cross_entropy_finish, cross_entropy.cross_entropy_backward,
     )
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ KERNELS = {
 USERS = {80: (80, 86), 90: (90,), 100: (100,)}
 CAPABILITIES = tuple(itertools.chain(*USERS.values()))
 
-FP32_POINTERS = ("p_lse", "p_delta", "p_partials", "p_rows", "p_total", "p_stats", "p_logit_bias", "p_sums")
+FP32_POINTERS = ("p_lse", "p_delta", "p_partials", "p_parts", "p_rows", "p_total", "p_stats", "p_logit_bias", "p_sums")
 #: What has the products' 16-bit dtype under autocast, where the rest is fp32.
 NARROW_POINTERS = ("p_x", "p_dx", "p_copy", "p_dy2")
 
@@ -173,23 +173,24 @@ WIDE = ("LDG.E.128",)
 #: The options that a call of the classifier's loss sets: none, all of class indices, all of probabilities.
 OPTIONS = {
     "plain": "HAS_BIAS MEAN SUMS",
-    "all": "HAS_WEIGHT HAS_BIAS HAS_LOGIT_BIAS SMOOTH COUNT MEAN SUMS",
+    "all": "HAS_WEIGHT HAS_BIAS HAS_LOGIT_BIAS SMOOTH COUNT MEAN SUMS PARTS",
     "soft": "HAS_WEIGHT HAS_BIAS HAS_LOGIT_BIAS SMOOTH SOFT COUNT MEAN SUMS",
 }
 
 
 def _classifier_jobs() -> Iterator[Job]:
-    sizes = {"cross_entropy_forward": CLASSES, "cross_entropy_backward": CLASSES, "cross_entropy_finish": (0,)}
+    sizes = {"cross_entropy_forward": CLASSES, "cross_entropy_backward": CLASSES}
+    sizes |= {"cross_entropy_sums": (0,), "cross_entropy_finish": (0,)}
     for kernel, classes in sizes.items():
         sized = ("BM", "BC", "ALIGN", "STREAMS")
         flags = [name for name in KERNELS[kernel].arg_names if name.isupper() and name not in ("K", *sized)]
         for num_classes, (call, given), capability in itertools.product(classes, OPTIONS.items(), CAPABILITIES):
             constants = {flag: flag in given.split() for flag in flags}
-            if kernel == "cross_entropy_finish":
+            if num_classes == 0:
                 if call == "soft":
                     continue
                 constants |= {"STREAMS": 2, "BM": 1024}
-                options, meant = {"num_warps": 8, "debug": True}, ("__assertfail",)
+                options, meant = {"num_warps": 8, "debug": True}, () if constants.get("PARTS") else ("__assertfail",)
             else:
                 tile = class_tile(num_classes)
                 constants |= {"BM": tile.rows, "BC": tile.channels, "ALIGN": alignment(num_classes)}

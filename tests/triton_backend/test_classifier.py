@@ -233,6 +233,21 @@ def test_statistics(classes, soft, prior, bias, mode, rows_in):
     assert not calls[0][1].loss.requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("rows", [4, 6, 10, 30])  # of a stream: one part, two that differ, and more than are added up
+def test_numbers_of_many_rows_are_added_up_in_parts(rows, streams, reduction, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "PART", 4)
+    monkeypatch.setattr(cross_entropy, "_MOST_PARTS", 4)
+    (x, w, b), y = case(7, forked=streams == 2, n=rows, ignored=(1,))
+    options = {"linear_bias": b, "weight": torch.rand(7, device=DEVICE), "reduction": reduction, "stats": True}
+    calls = [linear_cross_entropy(x, w, y, backend=backend, **options) for backend in ("triton", "torch")]
+    for ours, theirs in zip(*((loss, *stats) for loss, stats in calls), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (torch.autograd.grad(loss, (x, w, b)) for loss, _ in calls)
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("others", [(1, 2), (1, 4999)])
 def test_the_first_of_equal_logits_counts(others):
     """In one tile, and in two."""
