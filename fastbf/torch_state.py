@@ -243,10 +243,17 @@ def has_own_hooks(module: nn.Module) -> bool:
     return not all(str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
+def has_own(module: nn.Module, method: str) -> bool:
+    """Whether a method was set on the object, beside that of its class."""
+    if torch.compiler.is_compiling():
+        getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
+    return method in module.__dict__
+
+
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, or another ``forward`` than its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return bool(hooks) or has_own(module, "forward")
 
 
 def _of_torch(kind: type, name: str) -> Any:
@@ -273,10 +280,10 @@ def are_patched() -> bool:
 
 def has_own_blocks(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether a layer's attention block or feed-forward block is not torch's. Public substitute: none."""
-    kind, own = type(layer), layer.__dict__
+    kind = type(layer)
     if kind._sa_block is not _SA_BLOCK or kind._ff_block is not _FF_BLOCK:
         return True
-    return "_sa_block" in own or "_ff_block" in own
+    return has_own(layer, "_sa_block") or has_own(layer, "_ff_block")
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -229,3 +229,18 @@ def test_imported_again():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", AGAIN], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["layer._ff_block", "layer.linear1.forward", "former.mix", "classifier.forward"])
+def test_a_compiled_step_sees_what_is_patched_later(name):
+    net, (x, y) = Net(), batch()
+    fastbf.convert(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    compiled(x, y)
+    module, _, method = name.rpartition(".")
+    part = net.get_submodule(module)
+    original = getattr(part, method)
+    setattr(part, method, lambda x: original(x) * 2)
+    torch.testing.assert_close(compiled(x, y), net(x, y))
+    delattr(part, method)
+    torch.testing.assert_close(compiled(x, y), net(x, y))

@@ -14,7 +14,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import as_leaf, is_replica
+from fastbf.torch_state import as_leaf, has_own, is_replica
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -224,7 +224,7 @@ class BatchFormer(nn.Module):
                 _check_length(i, target, n)
         *others, last = self.layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
-        if type(self).mix is not _MIX or "mix" in self.__dict__:
+        if type(self).mix is not _MIX or has_own(self, "mix"):
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = reference.fork(plain, self.mix(stream), dim=batch_dim)
         elif isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):

@@ -13,7 +13,7 @@ from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own_hooks
+from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -269,7 +269,7 @@ class SharedClassifier(nn.Linear):
             'the classifier has hooks.'
         """
         kind = type(self)
-        if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or "forward" in self.__dict__:
+        if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or has_own(self, "forward"):
             return "the classifier has a forward of its own."
         if are_patched():
             return "a class of torch has a forward of its own."
