@@ -178,7 +178,7 @@ class SharedClassifier(nn.Linear):
         """
         traced = input if features is None else features
         if isinstance(traced, torch.fx.Proxy):  # of a model, or of this module, whose arguments are all proxies then
-            leaf = as_leaf(self, traced)
+            leaf = as_leaf(self, _FORWARD, traced)
             return reference.class_logits(super().forward(traced), self.scale, None) if leaf is None else leaf
         if targets:
             raise TypeError(
@@ -229,7 +229,7 @@ class SharedClassifier(nn.Linear):
             torch.Size([2])
         """
         if isinstance(features, torch.fx.Proxy):
-            return as_leaf(self, features, target, method="loss", reduction=reduction, stats=stats)
+            return as_leaf(self, _LOSS, features, target, reduction=reduction, stats=stats)
         if isinstance(self._log_prior, LogCounts):
             self._log_prior.check_smoothing(self.label_smoothing)
             self._log_prior.check(checks.tensor("target", target), self.ignore_index)
@@ -321,4 +321,4 @@ class SharedClassifier(nn.Linear):
         return ", ".join(parts)
 
 
-_FORWARD = SharedClassifier.forward
+_FORWARD, _LOSS = SharedClassifier.forward, SharedClassifier.loss

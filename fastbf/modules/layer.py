@@ -128,7 +128,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             torch.Size([1, 6, 32])
         """
         if not isinstance(src, Tensor):
-            leaf: Any = as_leaf(self, src, src_mask, src_key_padding_mask, is_causal)
+            leaf: Any = as_leaf(self, _FORWARD, src, src_mask, src_key_padding_mask, is_causal)
             if leaf is not None:
                 return leaf
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
