@@ -158,6 +158,13 @@ class SharedClassifier(nn.Linear):
         checks.shape(name, checks.floating(name, value), (self.out_features,))
         return ClassValues(value)  # type: ignore[arg-type]
 
+    def _per_class(self, x: Tensor) -> dict[str, Tensor | None]:
+        """The arguments of the loss that hold a number for each class: as a subclass computes them, or as held."""
+        kind = type(self)
+        weight = self._on(x, self._class_weight) if kind.class_weight is _CLASS_WEIGHT else self.class_weight
+        prior = self._on(x, self._log_prior) if kind.log_prior is _LOG_PRIOR else self.log_prior
+        return {"weight": weight, "logit_bias": prior}
+
     def _on(self, x: Tensor, values: ClassValues | None) -> Tensor | None:
         """The values on x's device, in fp32, or in fp64 for fp64 weights."""
         if values is None:
@@ -249,8 +256,7 @@ class SharedClassifier(nn.Linear):
             weight,
             target,
             linear_bias=self.bias,
-            weight=self._on(features, self._class_weight),
-            logit_bias=self._on(features, self._log_prior),
+            **self._per_class(features),
             scale=self.scale,
             reduction=reduction,
             ignore_index=self.ignore_index,
@@ -288,8 +294,7 @@ class SharedClassifier(nn.Linear):
         return functional.cross_entropy(
             logits,
             target,
-            weight=self._on(logits, self._class_weight),
-            logit_bias=self._on(logits, self._log_prior),
+            **self._per_class(logits),
             reduction=reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
@@ -322,3 +327,4 @@ class SharedClassifier(nn.Linear):
 
 
 _FORWARD, _LOSS = SharedClassifier.forward, SharedClassifier.loss
+_LOG_PRIOR, _CLASS_WEIGHT = SharedClassifier.log_prior, SharedClassifier.class_weight
