@@ -131,20 +131,32 @@ def is_fake(x: Tensor) -> bool:
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, torch._subclasses.FakeTensor)
 
 
-def as_leaf(module: nn.Module, *args: Any, method: str = "", **kwargs: Any) -> Any:
+def as_leaf(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call of a module, or of a method of it, in the graph of ``torch.fx.symbolic_trace``, as of a module of torch.
 
     Modules of torch are leaves of such graphs, but for the one that is traced itself. Ours have control flow that a
-    tracer cannot follow. None if there is no such graph, or if it is the module's own.
+    tracer cannot follow. What comes before and after ``method``, in hooks or in a subclass, is in the graph already.
+
+    Args:
+        module: ours.
+        method: as its class of ours defines it.
+        args: those of the call, and kwargs.
+
+    Returns:
+        The result's proxy; None if there is no such graph, or if it is the module's own.
     """
     proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)), None)
     tracer: Any = getattr(proxy, "tracer", None)
     if proxy is None or tracer.root is module:
         return None
-    path = tracer.path_of_module(module)
-    if not method:
+    path, name = tracer.path_of_module(module), method.__name__
+    own = getattr(type(module), name) is method and name not in module.__dict__
+    if name == "forward" and own and not is_altered(module):
         return tracer.create_proxy("call_module", path, args, kwargs)
-    return tracer.create_proxy("call_method", method, (tracer.create_proxy("get_attr", path, (), {}), *args), kwargs)
+    found = tracer.create_proxy("get_attr", path, (), {})
+    if own:
+        return tracer.create_proxy("call_method", name, (found, *args), kwargs)
+    return tracer.create_proxy("call_function", method, (found, *args), kwargs)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -243,10 +255,17 @@ def has_own_hooks(module: nn.Module) -> bool:
     return not all(str(getattr(hook, "__module__", None)).startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
+def has_own(module: nn.Module, method: str) -> bool:
+    """Whether a method was set on the object, beside that of its class."""
+    if torch.compiler.is_compiling():
+        getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
+    return method in module.__dict__
+
+
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, or another ``forward`` than its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return bool(hooks) or has_own(module, "forward")
 
 
 def _of_torch(kind: type, name: str) -> Any:
@@ -273,10 +292,10 @@ def are_patched() -> bool:
 
 def has_own_blocks(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether a layer's attention block or feed-forward block is not torch's. Public substitute: none."""
-    kind, own = type(layer), layer.__dict__
+    kind = type(layer)
     if kind._sa_block is not _SA_BLOCK or kind._ff_block is not _FF_BLOCK:
         return True
-    return "_sa_block" in own or "_ff_block" in own
+    return has_own(layer, "_sa_block") or has_own(layer, "_ff_block")
 
 
 def is_replica(module: nn.Module) -> bool:

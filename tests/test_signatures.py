@@ -152,3 +152,18 @@ def test_who_chose_counts(monkeypatch):
     for choice in chosen:
         functional.encoder_layer(**{**arguments, "backend": choice})
     assert all(found is choice for found, choice in zip(seen, chosen, strict=True))
+
+
+def test_new_signatures_do_not_recompile():
+    """What eager calls add is no part of a graph."""
+    from fastbf import BatchFormer, SharedClassifier
+
+    former, classifier = BatchFormer(C, 2), SharedClassifier(C, K)
+    batches = [(torch.randn(n, C), torch.randint(0, K, (n,))) for n in (4, 5, 6)]
+    classifier.loss(former(batches[0][0]), batches[0][1])
+    step = torch.compile(lambda x, y: classifier.loss(former(x), y), backend="eager")
+    step(*batches[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for x, y in batches[1:]:
+            classifier.loss(x, y)
+            step(*batches[0])

@@ -120,6 +120,46 @@ class TestSymbolicTrace:
         graph, (x, _) = torch.fx.symbolic_trace(classifier), batch()
         assert torch.equal(graph(x), classifier(x))
 
+    @pytest.mark.parametrize("kind", ["layer", "former", "classifier"])
+    @pytest.mark.parametrize("edit", ["hook", "pre_hook", "patch", "subclass"])
+    def test_what_surrounds_a_forward_acts_once(self, edit, kind):
+        net, (x, _) = Net(loss=False), batch()
+        fastbf.convert(net)
+        part = getattr(net, kind)
+        forward, cls = part.forward, type(part)
+        if edit == "hook":
+            part.register_forward_hook(lambda module, args, out: out * 3)
+        elif edit == "pre_hook":
+            part.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+        elif edit == "patch":
+            part.forward = lambda x, *args, **kwargs: forward(x * 3)
+        else:
+            method = {"forward": lambda self, x, *args, **kwargs: cls.forward(self, x * 3)}
+            part.__class__ = type("Sub", (cls,), method)
+        torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+
+    @pytest.mark.parametrize("patch", [True, False])
+    def test_other_methods(self, patch):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.former, self.classifier = fastbf.BatchFormer(C, 1, dropout=0.0), fastbf.SharedClassifier(C, K)
+
+            def forward(self, x, y):
+                return self.classifier.loss(self.former.mix(x), y)
+
+        model, (x, y) = Model(), batch()
+        if patch:
+            mix, loss = model.former.mix, model.classifier.loss
+            model.former.mix = lambda x: mix(x * 3)
+            model.classifier.loss = lambda x, y: loss(x * 3, y)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, y), model(x, y))
+
+    def test_a_graph_of_evaluation_can_be_trained(self):
+        net, (x, _) = Net(loss=False).eval(), batch()
+        graph = torch.fx.symbolic_trace(net)
+        assert graph.train()(x).shape == net.train()(x).shape
+
     def test_a_stripped_model(self):
         net = fastbf.strip(Net(loss=False).eval())
         graph, (x, _) = torch.fx.symbolic_trace(net), batch()
@@ -229,3 +269,18 @@ def test_imported_again():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", AGAIN], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["layer._ff_block", "layer.linear1.forward", "former.mix", "classifier.forward"])
+def test_a_compiled_step_sees_what_is_patched_later(name):
+    net, (x, y) = Net(), batch()
+    fastbf.convert(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    compiled(x, y)
+    module, _, method = name.rpartition(".")
+    part = net.get_submodule(module)
+    original = getattr(part, method)
+    setattr(part, method, lambda x: original(x) * 2)
+    torch.testing.assert_close(compiled(x, y), net(x, y))
+    delattr(part, method)
+    torch.testing.assert_close(compiled(x, y), net(x, y))

@@ -14,7 +14,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import as_leaf, is_replica
+from fastbf.torch_state import as_leaf, has_own, is_replica
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -193,10 +193,10 @@ class BatchFormer(nn.Module):
             >>> features.shape, labels
             (torch.Size([4, 32]), tensor([3, 5, 3, 5]))
         """
+        if not isinstance(features, Tensor) and (leaf := as_leaf(self, _FORWARD, features, *targets)) is not None:
+            return leaf
         if not self.training:
             return (features, *targets) if targets else features
-        if not isinstance(features, Tensor) and (leaf := as_leaf(self, features, *targets)) is not None:
-            return leaf
         dims = batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
         if not self.forked:
@@ -224,7 +224,7 @@ class BatchFormer(nn.Module):
                 _check_length(i, target, n)
         *others, last = self.layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
-        if type(self).mix is not _MIX or "mix" in self.__dict__:
+        if type(self).mix is not _MIX or has_own(self, "mix"):
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
             fork = reference.fork(plain, self.mix(stream), dim=batch_dim)
         elif isinstance(last, BatchFormerLayer) and (x.is_contiguous() or x.movedim(0, -2).is_contiguous()):
@@ -270,6 +270,8 @@ class BatchFormer(nn.Module):
             >>> fastbf.BatchFormer(32).mix(torch.randn(6, 32)).shape
             torch.Size([6, 32])
         """
+        if not isinstance(features, Tensor) and (leaf := as_leaf(self, _MIX, features)) is not None:
+            return leaf
         return layout.formatted(self._mix(features, self._dims(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
@@ -377,4 +379,4 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-_MIX = BatchFormer.mix
+_FORWARD, _MIX = BatchFormer.forward, BatchFormer.mix

@@ -13,7 +13,7 @@ from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own_hooks
+from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
 
 
 class SharedClassifier(nn.Linear):
@@ -158,6 +158,13 @@ class SharedClassifier(nn.Linear):
         checks.shape(name, checks.floating(name, value), (self.out_features,))
         return ClassValues(value)  # type: ignore[arg-type]
 
+    def _per_class(self, x: Tensor) -> dict[str, Tensor | None]:
+        """The arguments of the loss that hold a number for each class: as a subclass computes them, or as held."""
+        kind = type(self)
+        weight = self._on(x, self._class_weight) if kind.class_weight is _CLASS_WEIGHT else self.class_weight
+        prior = self._on(x, self._log_prior) if kind.log_prior is _LOG_PRIOR else self.log_prior
+        return {"weight": weight, "logit_bias": prior}
+
     def _on(self, x: Tensor, values: ClassValues | None) -> Tensor | None:
         """The values on x's device, in fp32, or in fp64 for fp64 weights."""
         if values is None:
@@ -178,7 +185,7 @@ class SharedClassifier(nn.Linear):
         """
         traced = input if features is None else features
         if isinstance(traced, torch.fx.Proxy):  # of a model, or of this module, whose arguments are all proxies then
-            leaf = as_leaf(self, traced)
+            leaf = as_leaf(self, _FORWARD, traced)
             return reference.class_logits(super().forward(traced), self.scale, None) if leaf is None else leaf
         if targets:
             raise TypeError(
@@ -229,7 +236,7 @@ class SharedClassifier(nn.Linear):
             torch.Size([2])
         """
         if isinstance(features, torch.fx.Proxy):
-            return as_leaf(self, features, target, method="loss", reduction=reduction, stats=stats)
+            return as_leaf(self, _LOSS, features, target, reduction=reduction, stats=stats)
         if isinstance(self._log_prior, LogCounts):
             self._log_prior.check_smoothing(self.label_smoothing)
             self._log_prior.check(checks.tensor("target", target), self.ignore_index)
@@ -249,8 +256,7 @@ class SharedClassifier(nn.Linear):
             weight,
             target,
             linear_bias=self.bias,
-            weight=self._on(features, self._class_weight),
-            logit_bias=self._on(features, self._log_prior),
+            **self._per_class(features),
             scale=self.scale,
             reduction=reduction,
             ignore_index=self.ignore_index,
@@ -269,7 +275,7 @@ class SharedClassifier(nn.Linear):
             'the classifier has hooks.'
         """
         kind = type(self)
-        if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or "forward" in self.__dict__:
+        if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or has_own(self, "forward"):
             return "the classifier has a forward of its own."
         if are_patched():
             return "a class of torch has a forward of its own."
@@ -288,8 +294,7 @@ class SharedClassifier(nn.Linear):
         return functional.cross_entropy(
             logits,
             target,
-            weight=self._on(logits, self._class_weight),
-            logit_bias=self._on(logits, self._log_prior),
+            **self._per_class(logits),
             reduction=reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
@@ -321,4 +326,5 @@ class SharedClassifier(nn.Linear):
         return ", ".join(parts)
 
 
-_FORWARD = SharedClassifier.forward
+_FORWARD, _LOSS = SharedClassifier.forward, SharedClassifier.loss
+_LOG_PRIOR, _CLASS_WEIGHT = SharedClassifier.log_prior, SharedClassifier.class_weight

@@ -15,7 +15,7 @@ from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import group_of, known_name
 from fastbf.modules import layout
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_own_blocks, is_altered
+from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, differentiated, has_own_blocks, is_altered
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -128,7 +128,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             torch.Size([1, 6, 32])
         """
         if not isinstance(src, Tensor):
-            leaf: Any = as_leaf(self, src, src_mask, src_key_padding_mask, is_causal)
+            leaf: Any = as_leaf(self, _FORWARD, src, src_mask, src_key_padding_mask, is_causal)
             if leaf is not None:
                 return leaf
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
@@ -146,11 +146,13 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             if reason is not None or (backend.backend == "torch" and not self.training):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
-        x = src.transpose(0, 1) if along_batch else src
-        out = functional.encoder_layer(x, *self._weights(), **self._options(), backend=backend)
+        x, weights = src.transpose(0, 1) if along_batch else src, self._weights()
+        out = functional.encoder_layer(x, *weights, **self._options(), backend=backend)
         out = out.transpose(0, 1) if along_batch else out
-        # The parent's result is contiguous if a norm comes last. Else it has the strides of the sum src + ….
-        return layout.like(out, src) if self.norm_first else out.contiguous()
+        # The parent's result is contiguous if a norm comes last, and by its inference path, which needs batch_first.
+        # Else it has the strides of the sum src + ….
+        inference = along_batch and not self.training and not differentiated(src, *weights)
+        return layout.like(out, src) if self.norm_first and not inference else out.contiguous()
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
         """The fork of x (N, …, C); ``plain`` and ``forked`` as in ``functional.encoder_layer``.

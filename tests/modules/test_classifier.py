@@ -364,6 +364,33 @@ def test_a_patch_of_the_class_acts_in_the_loss(monkeypatch):
     assert torch.equal(module.loss(x, y), before)
 
 
+class Learned(fastbf.SharedClassifier):
+    """Computes what belongs to the classes."""
+
+    theta = torch.linspace(-1, 1, K)
+
+    @property
+    def log_prior(self):
+        return torch.log_softmax(self.theta, 0)
+
+    @property
+    def class_weight(self):
+        return self.theta.detach() + 2
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_values_that_a_subclass_computes_act_in_the_loss(hook):
+    x, _, _, y = case(dtype=torch.float32)
+    classifier = Learned(C, K)
+    if hook:
+        classifier.register_forward_hook(lambda module, args, out: out)
+    theta = classifier.theta = torch.linspace(-2, 1, K).requires_grad_()
+    loss = classifier.loss(x, y)
+    expected = F.cross_entropy(classifier(x) + torch.log_softmax(theta, 0), y, theta.detach() + 2)
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.grad(loss, theta)[0].any()
+
+
 def test_parametrizations_train():
     module = torch.nn.utils.parametrizations.spectral_norm(fastbf.SharedClassifier(C, K))
     assert module.parent_reason() is None
