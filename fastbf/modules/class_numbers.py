@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,8 @@ def numbers(name: str, values: Any, count: int, *, absent: float | None = None) 
         raise TypeError(f"{expected}, got {type(values).__name__}")
     if isinstance(values, Tensor) and values.is_meta:
         raise ValueError(f"{expected}, got a tensor on the meta device, which holds none: give a list")
+    if isinstance(values, Tensor) and values.layout is not torch.strided:
+        raise TypeError(f"{expected}, got a tensor with the layout {values.layout}: give a dense one")
     items: Any = values if hasattr(values, "shape") else list(values)
     shape = tuple(getattr(items, "shape", (len(items),)))
     if shape != (count,):
@@ -38,7 +41,10 @@ def numbers(name: str, values: Any, count: int, *, absent: float | None = None) 
     for i, value in enumerate(items.tolist() if hasattr(items, "tolist") else items):
         if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
             raise TypeError(f"{expected}, got {type(value).__name__} for class {i}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # of a Python integer
+            number = math.inf
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number} for class {i}")
         if number < 0:
