@@ -144,6 +144,35 @@ def test_how_many_kernels_a_step_meets(case, modules, cuda):
     assert len(launch._compiled) == cuda.loads == count
 
 
+def test_how_many_kernels_a_run_meets(modules, cuda):
+    """Training, validation, another batch size, no statistics, a frozen backbone, the other 16 bits, and fp32.
+
+    Each part builds what differs from those before. In a second pass nothing is built.
+    """
+    former, classifier = modules
+    y, counts = torch.arange(N) % K, []
+
+    def step(dtype=torch.bfloat16, stats=True, frozen=False, validate=False, n=N):
+        x, target = torch.randn(n, C, requires_grad=not frozen), y[:n]
+        with autocast(dtype is not None) if dtype is not torch.float16 else torch.autocast("cpu", torch.float16):
+            if validate:
+                with torch.no_grad():
+                    classifier.loss(x, target, stats=True)
+            else:
+                loss = classifier.loss(former(x), target, stats=stats)
+                (loss[0] if stats else loss).backward()
+
+    parts = (
+        {}, {"validate": True}, {"n": 40}, {"stats": False}, {"frozen": True}, {"dtype": torch.float16}, {"dtype": None}
+    )  # fmt: skip
+    for options in (*parts, *parts):
+        before = cuda.loads
+        step(**options)
+        counts.append(cuda.loads - before)
+    assert counts == [12, 1, 0, 1, 1, 11, 11, *[0] * len(parts)]
+    assert cuda.loads == len(launch._compiled)
+
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
