@@ -7,7 +7,7 @@ matrix products are made. What is listed is built side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,11 @@ def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -
     Raises:
         BuildError: a compiler or the device refuses a kernel.
     """
+    with suppress(torch.OutOfMemoryError):  # kernels are then built as they are launched
+        launch.build(_listed(function, differentiates, args))
+
+
+def _listed(function: type[Function], differentiates: bool, args: Sequence[Any]) -> launch.Plan:
     needs = [differentiates and isinstance(a, Tensor) and a.requires_grad for a in args]
     context: Any = _Context(needs)
     with torch.no_grad(), launch.planned() as plan:
@@ -62,4 +67,4 @@ def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -
             results = results if isinstance(results, tuple) else (results,)
             constant = {id(t) for t in context.constant}
             function.backward(context, *(None if id(t) in constant else torch.empty_like(t) for t in results))
-    launch.build(plan)
+    return plan
