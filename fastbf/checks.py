@@ -28,8 +28,14 @@ def either(name: str, value: T | None, alias: str, other: T | None) -> T:
 
 def tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{as_tensor(x)}")
     return x
+
+
+def as_tensor(x: object) -> str:
+    """Advice for what is no tensor, if torch makes one of it."""
+    is_array = hasattr(x, "__array__") or (isinstance(x, list | tuple) and not any(isinstance(t, Tensor) for t in x))
+    return ": torch.as_tensor makes one of it" if is_array else ""
 
 
 def floating(name: str, x: object) -> Tensor:

@@ -100,7 +100,7 @@ CASES = [
     (lambda: classifier()(X, Y, reduction="max"), ValueError, "reduction must be one of 'mean', 'sum', 'none'"),
     (lambda: classifier()(X.to("meta"), Y), ValueError, "features must be on the device of the weights, cpu"),
     (lambda: classifier()(X, Y.to("meta")), ValueError, "target must be on the device of the input, cpu, got meta"),
-    (lambda: classifier()(X, [0] * 6), TypeError, "target must be a torch.Tensor, got list"),
+    (lambda: classifier()(X, [0] * 6), TypeError, "target must be a torch.Tensor, got list: torch.as_tensor makes one"),
     # functional
     (lambda: attention(q=Q[0]), ValueError, r"q must be \(N, …, H, D\) with at least 3 dimensions"),
     (lambda: attention(k=Q[:, :1]), ValueError, "k must have shape"),

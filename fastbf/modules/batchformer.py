@@ -351,7 +351,8 @@ def _check_length(i: int, target: Any, n: int) -> None:
     if target is None:
         return
     if not isinstance(target, Tensor | list | tuple):
-        raise TypeError(f"targets must be tensors, lists, tuples or None, got {type(target).__name__} as targets[{i}]")
+        given = f"{type(target).__name__} as targets[{i}]{checks.as_tensor(target)}"
+        raise TypeError(f"targets must be tensors, lists, tuples or None, got {given}")
     length = len(target) if not isinstance(target, Tensor) else target.shape[0] if target.dim() else None
     if length != n:
         hint = ": transpose it, samples come first" if isinstance(target, Tensor) and n in target.shape[1:] else ""

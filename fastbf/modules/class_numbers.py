@@ -58,7 +58,8 @@ def _in_order(name: str, mapping: Any, count: int, absent: float | None) -> list
     keys = list(mapping.keys())
     for key in keys:
         if isinstance(key, bool) or not isinstance(key, Integral):
-            raise TypeError(f"{name} must have the classes 0 to {count - 1} as keys, got {key!r}")
+            advice = ": count labels.tolist()" if isinstance(key, Tensor) else ""
+            raise TypeError(f"{name} must have the classes 0 to {count - 1} as keys, got {key!r}{advice}")
         if not 0 <= int(key) < count:
             raise ValueError(f"{name} must have the classes 0 to {count - 1} as keys, got {key}")
     if len(set(keys)) < len(keys):

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from array import array
+from collections import Counter
 
 import numpy
 import pytest
@@ -214,6 +215,7 @@ def test_what_counts_can_be(counts):
         ([1, 2], ValueError, r"must have shape \(5,\), got \(2,\)"),
         (torch.ones(5, 1), ValueError, r"must have shape \(5,\), got \(5, 1\)"),
         (torch.ones(5, device="meta"), ValueError, "on the meta device"),
+        (Counter(torch.tensor([0, 1])), TypeError, "count labels.tolist()"),
         (torch.ones(5).to_sparse(), TypeError, "layout torch.sparse_coo: give a dense one"),
         ([1, 2, 3, 4, 10**400], ValueError, "must be finite, got inf for class 4"),
         ([1, 2, 3, 4, 5j], TypeError, "got complex for class 4"),
