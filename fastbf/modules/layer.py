@@ -152,7 +152,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         # The parent's result is contiguous if a norm comes last, and by its inference path, which needs batch_first.
         # Else it has the strides of the sum src + ….
         inference = along_batch and not self.training and not differentiated(src, *weights)
-        return layout.like(out, src) if self.norm_first and not inference else out.contiguous()
+        return layout.like(out, src, along_batch) if self.norm_first and not inference else out.contiguous()
 
     def fork(self, x: Tensor, *, plain: Tensor | None = None, forked: bool = False) -> Tensor:
         """The fork of x (N, …, C); ``plain`` and ``forked`` as in ``functional.encoder_layer``.

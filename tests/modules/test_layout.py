@@ -1,5 +1,7 @@
 """Results lie in memory as those of the PyTorch code that a module replaces, in training and in evaluation."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -90,3 +92,44 @@ def test_feature_maps_under_transforms(make):
     torch.testing.assert_close(torch.func.vmap(former)(many)[1], former(x))
     maps = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(torch.func.vmap(former)(maps.unsqueeze(0).expand(2, *x.shape))[1], former(x))
+
+
+def drawn(shape, draw):
+    """A tensor of a shape whose dimensions lie in any order in memory, some with gaps and some expanded."""
+    order = draw.sample(range(len(shape)), len(shape))
+    if draw.random() < 0.4:
+        order = [0, *range(2, len(shape)), 1]  # channels last
+    gaps = [draw.random() < 0.2 for _ in shape]
+    whole = torch.randn([shape[dim] * (2 if gaps[dim] else 1) for dim in order])
+    whole = whole[tuple(slice(None, None, 2 if gaps[dim] else 1) for dim in order)]
+    x = whole.permute([order.index(dim) for dim in range(len(shape))])
+    at = draw.randrange(len(shape) - 1)
+    return x.narrow(at, 0, 1).expand(shape) if draw.random() < 0.2 else x
+
+
+def dense_strides(x):
+    """Those of dimensions of more than one, which alone matter."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_layouts_of_a_fork(seed):
+    draw = random.Random(seed)
+    for _ in range(10):
+        spatial = [draw.choice([1, 2, 6]) for _ in range(draw.choice([1, 2, 2, 3]))]
+        x = drawn([draw.choice([1, 2, 6]), 8, *spatial], draw)
+        fork = BatchFormer(8, 2, channel_dim=1, backend="torch")(x)
+        assert dense_strides(fork) == dense_strides(torch.cat([x, x])), (x.shape, x.stride())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_layouts_of_a_layer(seed):
+    draw = random.Random(seed)
+    for _ in range(10):
+        x = drawn([draw.choice([1, 2, 6]), draw.choice([1, 2, 6]), 8], draw)
+        options = {"batch_first": draw.random() < 0.5, "norm_first": draw.random() < 0.5, "dim_feedforward": 8}
+        training, grad = draw.random() < 0.5, draw.random() < 0.5
+        ours = BatchFormerLayer(8, 2, **options, backend="torch").train(training)
+        theirs = nn.TransformerEncoderLayer(8, 2, **options).train(training)
+        with torch.set_grad_enabled(grad):
+            assert dense_strides(ours(x)) == dense_strides(theirs(x)), (x.shape, x.stride(), options, training, grad)
