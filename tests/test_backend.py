@@ -226,7 +226,8 @@ try:
 except ValueError as error:
     print(error)
 """
-    result = run("-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])})
+    path = os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    result = run("-c", code, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     warned, explained, refused = result.stdout.splitlines()
     cause = OLDER if "3.5" in broken else "triton is installed and cannot be imported: "
