@@ -433,6 +433,18 @@ def meetings(steps):
     return exchange.call_count
 
 
+def compiled_on_one():
+    """How many calls agree on kernels: two with a compiled rank, two with none."""
+    former, (x, _) = models("triton", WORLD, dropout=0.0)["former"], batch(6)
+    process_groups.peers(name_of(dist.group.WORLD)).calls.clear()  # of tests before
+    compiled, agreements = torch.compile(former, backend="eager"), []
+    with mock.patch.object(encoder_layer, "agree", wraps=encoder_layer.agree) as agree:
+        for call in [former if dist.get_rank() else compiled] * 2 + [former] * 2:
+            call(mine(x, (3, 3)))
+            agreements.append(agree.call_count)
+    return agreements
+
+
 def unbuilt(sizes, kind):
     """Rank 1 cannot build a kernel at first: what each rank raises, what it has sent by then, and what it agrees on."""
     net, (x, y) = Loss(models("triton", WORLD)), batch(sum(sizes))
