@@ -313,6 +313,11 @@ def test_a_call_that_one_rank_compiles(worlds):
     assert worlds(2).run(work.compiled_on_one) == [[0, 0, 1, 1]] * 2
 
 
+def test_kernels_of_another_dtype_are_agreed_on(worlds):
+    """Autocast is part of what a rank remembers of its calls."""
+    assert worlds(2).run(work.agreed_by_dtype) == [[1, 2, 3]] * 2
+
+
 def test_operators(worlds):
     worlds(2).run(work.checked_operators)
 
