@@ -372,7 +372,7 @@ def _meet(
     call = None
     if choice.backend == "triton":
         tensors = [(t.dtype, t.requires_grad) if t is not None else None for t in (x, *weights)]
-        call = (x.shape, x.stride(), options, forked, forks, torch.is_grad_enabled(), *tensors)
+        call = (dtype, x.shape, x.stride(), options, forked, forks, torch.is_grad_enabled(), *tensors)
     return meet(group, 0 if absent else x.shape[0] // (2 if forked else 1), facts, call)
 
 

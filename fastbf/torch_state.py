@@ -176,6 +176,11 @@ def watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def unwatched() -> AbstractContextManager[object]:
+    """A context in which no mode sees operators. Public substitute: none."""
+    return _python_dispatch._disable_current_modes()
+
+
 def add_flop_formulas(formulas: dict[Any, Any]) -> None:
     """Adds to the counters of FLOPs that are active in this thread, which took those there were when they were made.
 

@@ -160,6 +160,8 @@ def rank_and_size(name: str) -> tuple[int, int]:
 
 
 _peers: dict[str, Peers] = {}
+#: What a rank tells the others about its call: made before, made for the first time, or made by a compiled graph.
+KNOWN, NEW, COMPILED = range(3)
 #: How many calls of each kind are remembered.
 _MOST_CALLS = 4096
 
@@ -209,10 +211,11 @@ def meet(name: str, samples: int, facts: Facts, call: Hashable = None) -> Batch:
         return Batch(name, rank, [samples] * size, numbers, met=False)
     of_group = peers(name)
     is_new = call is not None and call not in of_group.own_calls
-    sizes, new = _exchange(name, samples, numbers, is_new)
-    if call is not None:
+    sizes, kinds = _exchange(name, samples, numbers, NEW if is_new else KNOWN)
+    new = False
+    if call is not None and COMPILED not in kinds:  # a compiled graph agrees on nothing, and remembers nothing
         found = (*sizes, *numbers)
-        new = new or found not in of_group.calls
+        new = NEW in kinds or found not in of_group.calls
         for calls, one in ((of_group.own_calls, call), (of_group.calls, found)):
             if len(calls) >= _MOST_CALLS:  # of what meetings found at the same time on every rank
                 calls.clear()
@@ -253,20 +256,20 @@ def confirm(batch: Batch) -> None:
     """
     if batch.met:
         return
-    sizes, _ = _exchange(batch.group, batch.own(), batch.facts, False)
+    sizes, _ = _exchange(batch.group, batch.own(), batch.facts, COMPILED)
     if len(set(sizes)) > 1:
         raise ValueError(f"under torch.compile every rank must have as many samples as the others, got {sizes}")
 
 
-def _exchange(name: str, samples: int, numbers: Sequence[int], new: bool) -> tuple[list[int], bool]:
+def _exchange(name: str, samples: int, numbers: Sequence[int], kind: int) -> tuple[list[int], list[int]]:
     """Sends this rank's samples and facts to all ranks, and compares the facts.
 
-    Returns every rank's samples, and whether the call is new to one of them.
+    Returns every rank's samples, and whether its call is KNOWN, NEW or COMPILED.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention across ranks cannot be captured as a CUDA graph: the ranks meet at every call")
     _, hosts, size, _, _ = peers(name)
-    own = torch.tensor([samples, new, *numbers], dtype=torch.int64, device="cpu")
+    own = torch.tensor([samples, kind, *numbers], dtype=torch.int64, device="cpu")
     messages = torch.empty(size * len(own), dtype=torch.int64, device="cpu")
     all_gather(messages, own, hosts).wait()
     of_ranks = messages.view(size, -1).tolist()
@@ -277,7 +280,7 @@ def _exchange(name: str, samples: int, numbers: Sequence[int], new: bool) -> tup
                 f"all ranks of process_group must make the same call, got {fact} {values} on ranks 0 to {size - 1} "
                 f"with {sizes} samples"
             )
-    return sizes, any(message[1] for message in of_ranks)
+    return sizes, [message[1] for message in of_ranks]
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf.kernels import launch
+from fastbf.torch_state import unwatched
 
 _NOTHING = nullcontext()
 
@@ -61,7 +62,7 @@ def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -
 def _listed(function: type[Function], differentiates: bool, args: Sequence[Any]) -> launch.Plan:
     needs = [differentiates and isinstance(a, Tensor) and a.requires_grad for a in args]
     context: Any = _Context(needs)
-    with torch.no_grad(), launch.planned() as plan:
+    with unwatched(), torch.no_grad(), launch.planned() as plan:  # what a plan multiplies is no part of the call
         results = function.forward(context, *(a.detach() if isinstance(a, Tensor) else a for a in args))
         if any(needs):
             results = results if isinstance(results, tuple) else (results,)

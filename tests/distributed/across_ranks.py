@@ -433,6 +433,33 @@ def meetings(steps):
     return exchange.call_count
 
 
+def compiled_on_one():
+    """How many calls agree on kernels: two with a compiled rank, two with none."""
+    former, (x, _) = models("triton", WORLD, dropout=0.0)["former"], batch(6)
+    process_groups.peers(name_of(dist.group.WORLD)).calls.clear()  # of tests before
+    compiled, agreements = torch.compile(former, backend="eager"), []
+    with mock.patch.object(encoder_layer, "agree", wraps=encoder_layer.agree) as agree:
+        for call in [former if dist.get_rank() else compiled] * 2 + [former] * 2:
+            call(mine(x, (3, 3)))
+            agreements.append(agree.call_count)
+    return agreements
+
+
+def agreed_by_dtype():
+    """Which of three calls agree on kernels: other options, and then another dtype, than in the calls before."""
+    layers = [models("triton", WORLD, activation=activation)["former"] for activation in ("gelu", "relu")]
+    of_group = process_groups.peers(name_of(dist.group.WORLD))
+    of_group.calls.clear()  # of tests before
+    of_group.own_calls.clear()
+    x, agreements = mine(batch(6)[0], (3, 3)), []
+    with mock.patch.object(encoder_layer, "agree", wraps=encoder_layer.agree) as agree:
+        for layer, amp in ((0, True), (1, False), (1, True)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                layers[layer](x)
+            agreements.append(agree.call_count)
+    return agreements
+
+
 def unbuilt(sizes, kind):
     """Rank 1 cannot build a kernel at first: what each rank raises, what it has sent by then, and what it agrees on."""
     net, (x, y) = Loss(models("triton", WORLD)), batch(sum(sizes))

@@ -295,7 +295,7 @@ def test_a_cuda_graph_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
-        process_groups._exchange("group", 3, [0], False)
+        process_groups._exchange("group", 3, [0], process_groups.KNOWN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -306,6 +306,16 @@ def test_a_kernel_that_one_rank_cannot_build(sizes, kind, worlds):
     for error, (raised, sent, agreements) in zip(expected, worlds(2).run(work.unbuilt, sizes, kind), strict=True):
         assert [text[: len(error)] for text in raised] == [error] * 2
         assert (sent, agreements) == (0, [1, 1])
+
+
+def test_a_call_that_one_rank_compiles(worlds):
+    """A compiled rank agrees on nothing, so none does; the first call that none compiles is agreed on."""
+    assert worlds(2).run(work.compiled_on_one) == [[0, 0, 1, 1]] * 2
+
+
+def test_kernels_of_another_dtype_are_agreed_on(worlds):
+    """Autocast is part of what a rank remembers of its calls."""
+    assert worlds(2).run(work.agreed_by_dtype) == [[1, 2, 3]] * 2
 
 
 def test_operators(worlds):

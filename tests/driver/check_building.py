@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import JITFunction
 
 import fastbf
@@ -75,6 +76,17 @@ def test_side_by_side(modules, monkeypatch):
     monkeypatch.setattr(launch, "_compile", lambda job: (next(begun) < 2 and meeting.wait(), compile_(job)))
     modules[0](features())
     assert next(begun) > 2
+
+
+@pytest.mark.parametrize("call", ["layer", "loss"])
+def test_what_a_plan_multiplies_is_not_counted(call, modules, cuda):
+    former, x, y = fastbf.BatchFormer(C, norm_first=True, backend="triton"), features(), torch.arange(N) % K
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            former(x) if call == "layer" else modules[1].loss(x, y)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_launch_that_is_planned_is_not_made(modules, cuda):
