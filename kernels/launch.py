@@ -104,6 +104,16 @@ def planned() -> Iterator[Plan]:
         _observers.plan = before
 
 
+@contextmanager
+def unplanned() -> Iterator[None]:
+    """Within the context launches are made, inside that of :func:`planned` as well."""
+    before, _observers.plan = _observers.plan, None
+    try:
+        yield
+    finally:
+        _observers.plan = before
+
+
 def planning() -> bool:
     """Whether this thread is in the context of :func:`planned`."""
     return _observers.plan is not None

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbf.kernels.launch import launch
+from fastbf.kernels.launch import launch, unplanned
 
 
 @triton.jit
@@ -15,4 +15,5 @@ def write_one(p_x):
 def probe(device: torch.device) -> None:
     """Builds and launches a kernel on ``device``; raises the error if this fails."""
     x = torch.empty(1, dtype=torch.int32, device=device)
-    launch(write_one, 1, device, (x,), (), {"num_warps": 1})
+    with unplanned():
+        launch(write_one, 1, device, (x,), (), {"num_warps": 1})

@@ -243,7 +243,10 @@ def agree(batch: Batch, attempt: Callable[[], object]) -> None:
     own_calls.clear()
     calls.clear()
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # else its traceback and this frame hold one another, and all tensors below
     ranks = ", ".join(str(rank) for rank, one in enumerate(failed.tolist()) if one)
     raise RuntimeError(f"rank {ranks} of process_group failed before it sent anything, with the error that it raises")
 

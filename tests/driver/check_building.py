@@ -10,7 +10,7 @@ from triton.runtime import JITFunction
 
 import fastbf
 from fastbf import functional
-from fastbf.kernels import launch
+from fastbf.kernels import launch, probe
 from fastbf.triton_backend import tape
 
 N, C, K = 48, 64, 10
@@ -247,3 +247,11 @@ def test_misaligned_class_indices_build_nothing(modules, cuda):
     before = cuda.loads
     classifier.loss(x, y[1:]).backward()
     assert cuda.loads == before
+
+
+def test_a_probe_is_launched_where_others_are_planned(cuda):
+    with launch.planned() as plan:
+        probe.probe(torch.device("cpu"))
+        assert launch.planning()
+    assert plan == {}
+    assert [line.split()[0] for line in cuda.launches()] == ["write_one"]
