@@ -276,10 +276,7 @@ def test_what_triton_compiles():
     jobs = [(tile, dtype, "tf32", head_dim, 1, 90) for tile, dtype, head_dim, _ in TILES]
     found = [set(json.loads(line)) for line in compiling("-c", COMPILE, json.dumps(jobs))]
     expected = [set(kinds) for *_, kinds in TILES]
-    if _release(triton.__version__) >= (
-        3,
-        8,
-    ):  # whose code overwrites what is being read, and waits for registers in some tiles
+    if _release(triton.__version__) >= (3, 8):  # whose code overwrites what is being read, but waits for registers
         expected = [{"overwrites"} & kinds for kinds in expected]
         found = [{"overwrites"} & kinds for kinds in found]
     assert found == expected
