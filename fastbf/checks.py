@@ -39,7 +39,8 @@ def as_tensor(x: object) -> str:
 
 
 def floating(name: str, x: object) -> Tensor:
-    x = tensor(name, x)
+    if not isinstance(x, Tensor):
+        x = tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
     return x

@@ -116,7 +116,7 @@ def batch_attention(
     seed = _as_seed(seed, p, q.device, _needs_seed(choice))
     q, k, v = autocast(q, k, v)
     if choice.backend == "triton":
-        from fastbf.triton_backend import attention as kernels
+        import fastbf.triton_backend.attention as kernels
 
         try:
             return kernels.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
@@ -173,7 +173,7 @@ def dropout_add_layer_norm(
     choice = choose(backend, "dropout_add_layer_norm", x, residual)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice))
     if choice.backend == "triton":
-        from fastbf.triton_backend import elementwise as kernels
+        import fastbf.triton_backend.elementwise as kernels
 
         try:
             return kernels.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
@@ -218,7 +218,7 @@ def activation_dropout(
     choice = choose(backend, "activation_dropout", x)
     seed = _as_seed(seed, p, x.device, _needs_seed(choice))
     if choice.backend == "triton":
-        from fastbf.triton_backend import elementwise as kernels
+        import fastbf.triton_backend.elementwise as kernels
 
         try:
             return kernels.activation_dropout(x, activation, dropout_p=p, seed=seed)
@@ -338,7 +338,7 @@ def encoder_layer(
         if not (batch.total() and x.numel()):
             x, batch = gathering.confirmed(x, batch), None  # nothing to send
     if choice.backend == "triton":
-        from fastbf.triton_backend import encoder_layer as kernels
+        import fastbf.triton_backend.encoder_layer as kernels
 
         try:
             out = kernels.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
@@ -486,7 +486,7 @@ def linear_cross_entropy(
     others = {"linear_bias": linear_bias, "weight": weight, "logit_bias": logit_bias}
     loss = None
     if choice.backend == "triton":
-        from fastbf.triton_backend import classifier as kernels
+        import fastbf.triton_backend.classifier as kernels
 
         try:
             loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **others)

@@ -7,7 +7,7 @@ substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
 
@@ -21,6 +21,7 @@ from torch.utils import _python_dispatch, _pytree
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
+_FUNCTORCH: Any = torch._C._functorch
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 #: The class of modes that see every operator of a thread, and an operator's. Documented, but for where they lie.
@@ -30,17 +31,16 @@ Operator = torch._ops.OpOverload
 CAST, COPY_ALL = torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device."""
-    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device)
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives x where it enters a matrix product; None if autocast leaves x alone."""
     device = x.device.type
-    if not _autocasts(device) or x.dtype == torch.float64:
+    if not autocasts(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
@@ -78,7 +78,7 @@ class _NoAutocast:
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operators on x's device compute in the dtypes that they are given."""
     device = x.device.type
-    if not _autocasts(device):
+    if not autocasts(device):
         return _NOTHING
     return torch.autocast(device, enabled=False) if torch.compiler.is_compiling() else _NoAutocast(device)
 
@@ -129,6 +129,11 @@ def transformed() -> bool:
 def is_fake(x: Tensor) -> bool:
     """Whether x has a shape but no values, as under ``FakeTensorMode``. Public substitute: none."""
     return type(x) not in (Tensor, nn.Parameter) and isinstance(x, torch._subclasses.FakeTensor)
+
+
+def outlived(x: Tensor) -> bool:
+    """Whether x stems from a transform of ``torch.func`` that has ended. Public substitute: none."""
+    return _FUNCTORCH.is_functorch_wrapped_tensor(x)
 
 
 def as_leaf(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -262,15 +267,39 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 def has_own(module: nn.Module, method: str) -> bool:
     """Whether a method was set on the object, beside that of its class."""
-    if torch.compiler.is_compiling():
-        getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
+    getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
     return method in module.__dict__
 
 
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks, or another ``forward`` than its class's."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or has_own(module, "forward")
+def is_altered(*modules: nn.Module) -> bool:
+    """Whether a call of one of the modules runs hooks, or another ``forward`` than its class's."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        m.forward  # noqa: B018 (as in has_own)
+        if "forward" in m.__dict__:
+            return True
+    return False
+
+
+def parts(module: nn.Module, kind: type, names: Sequence[str]) -> list[Any]:
+    """The modules of these names inside a module of ``kind``, None for one that was removed.
+
+    A subclass may compute them. Public substitute: attributes, each of which costs as much as a small operator.
+    """
+    if type(module) is kind:
+        return list(map(module._modules.get, names))
+    return [getattr(module, name) for name in names]
+
+
+def parameters(names: Sequence[str], *modules: nn.Module) -> list[Any]:
+    """The parameters of these names of each module, which is of torch. Public substitute: as of :func:`parts`."""
+    found = []
+    for m in modules:
+        own = m._parameters
+        for name in names:
+            found.append(own[name] if name in own else getattr(m, name))  # a tensor in its place, as in a replica
+    return found
 
 
 def _of_torch(kind: type, name: str) -> Any:
@@ -297,10 +326,10 @@ def are_patched() -> bool:
 
 def has_own_blocks(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether a layer's attention block or feed-forward block is not torch's. Public substitute: none."""
-    kind = type(layer)
+    kind, names = type(layer), ("_sa_block", "_ff_block")
     if kind._sa_block is not _SA_BLOCK or kind._ff_block is not _FF_BLOCK:
         return True
-    return has_own(layer, "_sa_block") or has_own(layer, "_ff_block")
+    return has_own(layer, names[0]) or has_own(layer, names[1])
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ class _Observers(threading.local):
 
     observe: Callable[[Launched], None] | None = None
     plan: Plan | None = None
-    ahead: Callable[[], None] | None = None
+    ahead: "ahead | None" = None
 
 
 _observers = _Observers()
@@ -114,19 +114,14 @@ def unplanned() -> Iterator[None]:
         _observers.plan = before
 
 
-def planning() -> bool:
-    """Whether this thread is in the context of :func:`planned`."""
-    return _observers.plan is not None
-
-
 class ahead:
-    """Within the context, which is entered once, the first launch without a kernel calls ``build`` before."""
+    """Within the context, which is entered once, the first launch without a kernel calls ``build(*args)`` before."""
 
-    def __init__(self, build: Callable[[], None]) -> None:
-        self.build = build
+    def __init__(self, build: Callable[..., None], *args: Any) -> None:
+        self.build, self.args = build, args
 
     def __enter__(self) -> None:
-        _observers.ahead = self.build
+        _observers.ahead = self
 
     def __exit__(self, *_: object) -> None:
         _observers.ahead = None
@@ -181,7 +176,12 @@ def _is_heard() -> bool:
 
 
 def stream_for(device: torch.device) -> int | None:
-    """The current stream; None where a launch takes the long way: on another device, or with a profiler's hooks."""
+    """The current stream; None where a launch is not made or takes the long way.
+
+    That is inside of :func:`planned`, on another device than the current one, and with a profiler's hooks.
+    """
+    if _observers.plan is not None:
+        return None
     for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):  # Triton allows None
             return None
@@ -237,7 +237,7 @@ def launch(
     if found is None:
         build_ahead, _observers.ahead = _observers.ahead, None
         if build_ahead is not None and observe is None and not _captures(device):
-            build_ahead()
+            build_ahead.build(*build_ahead.args)
         with building(kernel.fn.__name__, compiler_refuses):
             kernel.warmup(*tensors, *numbers, grid=(programs,), **constants, **OPTIONS)
         with building(kernel.fn.__name__, device_refuses):

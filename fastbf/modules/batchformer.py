@@ -14,7 +14,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import as_leaf, has_own, is_replica
+from fastbf.torch_state import as_leaf, has_own, is_replica, parts
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -200,7 +200,7 @@ class BatchFormer(nn.Module):
         dims = batch_dim, _ = self._dims(features)
         n = features.shape[batch_dim]
         if not self.forked:
-            if any(map(_is_fork, (features, *targets))):
+            if hasattr(features, "is_fork") or any(map(_is_fork, targets)):
                 _warn_once(
                     "features or targets hold both streams already and are forked again: a second BatchFormer of a "
                     "network has forked=True"
@@ -216,13 +216,15 @@ class BatchFormer(nn.Module):
                     "outside do not fit those rows: pass the targets through the BatchFormer, or compute the loss "
                     "inside of what DataParallel replicates"
                 )
-            targets = tuple(_doubled(i, target, n) for i, target in enumerate(targets))
+            if targets:
+                targets = tuple(_doubled(i, target, n) for i, target in enumerate(targets))
         elif n % 2:
             raise ValueError(f"features must hold both streams along batch_dim={self.batch_dim}, got {n} samples")
         else:
             for i, target in enumerate(targets):
                 _check_length(i, target, n)
-        *others, last = self.layers  # with each layer as often as it is listed
+        (layers,) = parts(self, BatchFormer, ("layers",))
+        *others, last = layers  # with each layer as often as it is listed
         x = _samples_first(features, dims)
         if type(self).mix is not _MIX or has_own(self, "mix"):
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
@@ -303,13 +305,13 @@ class BatchFormer(nn.Module):
     def _dims(self, features: Tensor) -> tuple[int, int]:
         """Checks the features and returns their batch and channel dimension, counted from the front."""
         checks.dense("features", checks.floating("features", features))
-        checks.min_rank("features", features, 2, "a batch of features")
         rank = features.dim()
-        dims = []
+        if rank < 2:
+            checks.min_rank("features", features, 2, "a batch of features")
         for name, dim in (("batch_dim", self.batch_dim), ("channel_dim", self.channel_dim)):
             if not -rank <= dim < rank:
                 raise ValueError(f"{name} must lie in [{-rank}, {rank - 1}] for {rank}-D features, got {dim}")
-            dims.append(dim % rank)
+        dims = self.batch_dim % rank, self.channel_dim % rank
         if dims[0] == dims[1]:
             raise ValueError(
                 f"batch_dim and channel_dim must differ, got {self.batch_dim} and {self.channel_dim}, the same "
@@ -320,7 +322,7 @@ class BatchFormer(nn.Module):
                 f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
                 f"{tuple(features.shape)}"
             )
-        return dims[0], dims[1]
+        return dims
 
     @staticmethod
     def _run(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:

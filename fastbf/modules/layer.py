@@ -15,7 +15,20 @@ from fastbf.distributed import gathering
 from fastbf.distributed.process_groups import group_of, known_name
 from fastbf.modules import layout
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, differentiated, has_own_blocks, is_altered
+from fastbf.torch_state import (
+    are_patched,
+    as_leaf,
+    autocast_dtype,
+    differentiated,
+    has_own_blocks,
+    is_altered,
+    parameters,
+    parts,
+)
+
+_WITH_WEIGHTS = "self_attn", "linear1", "linear2", "norm1", "norm2"
+_PARTS = *_WITH_WEIGHTS, "dropout", "dropout1", "dropout2"
+_KINDS = nn.MultiheadAttention, *[nn.Linear] * 2, *[nn.LayerNorm] * 2, *[nn.Dropout] * 3
 
 
 def _activation_name(activation: str | Callable[[Tensor], Tensor]) -> str | None:
@@ -133,7 +146,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
                 return leaf
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
         checks.floating("src", src)
-        reason = "the call has an attention mask." if masked else self.parent_reason(src)
+        weights = "the call has an attention mask." if masked else self._weights_or_reason(src)
+        reason = weights if isinstance(weights, str) else None
         backend: str | Choice = self.backend
         if reason is None:
             self._check(src)
@@ -146,7 +160,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             if reason is not None or (backend.backend == "torch" and not self.training):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         along_batch = self.self_attn.batch_first and src.dim() == 3
-        x, weights = src.transpose(0, 1) if along_batch else src, self._weights()
+        x = src.transpose(0, 1) if along_batch else src
         out = functional.encoder_layer(x, *weights, **self._options(), backend=backend)
         out = out.transpose(0, 1) if along_batch else out
         # The parent's result is contiguous if a norm comes last, and by its inference path, which needs batch_first.
@@ -165,9 +179,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         """
         kind = type(self)
         called = kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or is_altered(self)
-        called = called or (self.self_attn.batch_first and x.dim() == 3)  # along the positions, not the batch
-        if not called and x.shape[0] and self.parent_reason(x) is None:
-            weights = self._weights()
+        called = called or (x.dim() == 3 and self.self_attn.batch_first)  # along the positions, not the batch
+        weights = "" if called or not x.shape[0] else self._weights_or_reason(x)
+        if not isinstance(weights, str):
             if x.device != weights.in_proj_weight.device:
                 self._check(x)
             options = self._options()
@@ -184,9 +198,14 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             >>> fastbf.BatchFormerLayer(32, 4, activation=torch.tanh).parent_reason()
             'the activation is neither relu nor exact gelu.'
         """
-        attention, activation = self.self_attn, self.activation
-        linear1, linear2, norm1, norm2 = self.linear1, self.linear2, self.norm1, self.norm2
-        dropout, dropout1, dropout2 = self.dropout, self.dropout1, self.dropout2
+        found = self._weights_or_reason(src)
+        return found if isinstance(found, str) else None
+
+    def _weights_or_reason(self, src: Tensor | None = None) -> reference.LayerWeights | str:
+        """The weights for the fused layer, or why the parent runs, as :meth:`parent_reason`."""
+        inside = parts(self, BatchFormerLayer, _PARTS)
+        attention, _, _, norm1, norm2, dropout, dropout1, dropout2 = inside
+        activation = self.activation
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
         if has_own_blocks(self):
@@ -195,19 +214,15 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "a class of torch that the layer is made of has a forward of its own."
         if _activation_name(activation) is None:
             return "the activation is neither relu nor exact gelu."
-        for m, kind in (
-            (attention, nn.MultiheadAttention), (linear1, nn.Linear), (linear2, nn.Linear), (norm1, nn.LayerNorm),
-            (norm2, nn.LayerNorm), (dropout, nn.Dropout), (dropout1, nn.Dropout), (dropout2, nn.Dropout),
-        ):  # fmt: skip
-            if type(m) is not kind:
-                return "a module inside the layer was replaced."
-            if is_altered(m):
-                return "a module inside the layer has hooks, or a forward of its own."
-        if is_altered(attention.out_proj) or (isinstance(activation, nn.Module) and is_altered(activation)):
+        if tuple(map(type, inside)) != _KINDS:
+            return "a module inside the layer was replaced."
+        out_proj = parts(attention, nn.MultiheadAttention, ("out_proj",))
+        if is_altered(*inside, *out_proj, *([activation] if isinstance(activation, nn.Module) else [])):
             return "a module inside the layer has hooks, or a forward of its own."
-        if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
+        weights = self._weights()
+        if attention.bias_k is not None or attention.add_zero_attn or weights.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
-        if norm1.weight is None or norm2.weight is None:
+        if weights.norm1_weight is None or weights.norm2_weight is None:
             return "a norm of the layer has no weight."
         if not norm1.normalized_shape == norm2.normalized_shape == (attention.embed_dim,):
             return "a norm of the layer does not normalise the channels alone."
@@ -217,7 +232,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "parts of the layer are in another mode than the layer."
         if norm1.eps != norm2.eps:
             return "the layer's norms have different eps."
-        return None
+        return weights
 
     def extra_repr(self) -> str:
         parts = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
@@ -237,21 +252,20 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             checks.dtype_of_weights("src", src, {n: w for n, w in fields.items() if not n.startswith("norm")})
 
     def _weights(self) -> reference.LayerWeights:
-        attention, linear1, linear2 = self.self_attn, self.linear1, self.linear2
-        out_proj, norm1, norm2 = attention.out_proj, self.norm1, self.norm2
-        return reference.LayerWeights(
-            attention.in_proj_weight, attention.in_proj_bias, out_proj.weight, out_proj.bias, linear1.weight,
-            linear1.bias, linear2.weight, linear2.bias, norm1.weight, norm1.bias, norm2.weight, norm2.bias,
-        )  # fmt: skip
+        attention, *others = parts(self, BatchFormerLayer, _WITH_WEIGHTS)
+        out_proj = parts(attention, nn.MultiheadAttention, ("out_proj",))
+        in_proj = parameters(("in_proj_weight", "in_proj_bias"), attention)
+        return reference.LayerWeights(*in_proj, *parameters(("weight", "bias"), *out_proj, *others))
 
     def _options(self) -> dict[str, Any]:
         """The arguments of ``functional.encoder_layer`` besides tensors and the backend."""
+        attention, dropout, norm = parts(self, BatchFormerLayer, ("self_attn", "dropout", "norm1"))
         return {
-            "num_heads": self.self_attn.num_heads,
+            "num_heads": attention.num_heads,
             "activation": _activation_name(self.activation),
-            "dropout_p": self.dropout.p if self.training else 0.0,
+            "dropout_p": dropout.p if self.training else 0.0,
             "norm_first": self.norm_first,
-            "eps": self.norm1.eps,
+            "eps": norm.eps,
             "process_group": self._group,
         }
 

@@ -10,8 +10,9 @@ from torch.autograd import Function
 
 from fastbf.dropout import drop_threshold
 from fastbf.kernels import attention
-from fastbf.triton_backend.building import building_ahead
-from fastbf.triton_backend.functions import by_kernels, distinct, empty_like
+from fastbf.triton_backend import tape
+from fastbf.triton_backend.building import prepared
+from fastbf.triton_backend.functions import by_kernels, empty_like
 
 __all__ = ["batch_attention"]
 
@@ -23,27 +24,55 @@ class _Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[float, int], seed: Tensor | None) -> Tensor:
-        o, lse = empty_like(q), None
-        if attention.streams(q.shape[0], k.shape[0]):
-            lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=torch.float32, device=q.device)
-        scale, threshold = ctx.options = options
-        attention.forward(q, k, v, attention.Options(scale, seed, threshold), o=o, lse=lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, options: tuple[float, int]) -> Tensor:
+        what, inputs = ("batch_attention", options), (q, k, v, seed)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _forward(q, k, v, seed, options)
+        o, lse = made
+        ctx.options = options
         ctx.save_for_backward(q, k, v, None if lse is None else o, lse, seed)
         return o
 
     @staticmethod
     @by_kernels("batch_attention")
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, seed = ctx.saved_tensors
-        (scale, threshold), needs = ctx.options, ctx.needs_input_grad[:3]
-        grads = attention.Gradients(*(empty_like(x) for x in saved[:3]))
-        attention.backward(do, attention.Inputs(*saved), attention.Options(scale, seed, threshold), grads, list(needs))
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+        options, needs, saved = ctx.options, ctx.needs_input_grad[:3], ctx.saved_tensors
+        what, inputs = ("batch_attention backward", options, needs), (do, *saved)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _backward(do, saved, options, needs)
+        return *made, None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, options: tuple[float, int]
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The result and lse. options: the scale and the threshold of dropout."""
+    o, lse = empty_like(q), None
+    if attention.streams(q.shape[0], k.shape[0]):
+        lse = torch.empty(q[0, ..., 0].numel(), q.shape[0], dtype=torch.float32, device=q.device)
+    scale, threshold = options
+    attention.forward(q, k, v, attention.Options(scale, seed, threshold), o=o, lse=lse)
+    return o, lse
+
+
+def _backward(
+    do: Tensor, tensors: tuple[Any, ...], options: tuple[float, int], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of q, k and v, None where not needed. tensors: as forward saves them."""
+    *saved, seed = tensors
+    scale, threshold = options
+    grads = attention.Gradients(*(empty_like(x) for x in saved[:3]))
+    attention.backward(do, attention.Inputs(*saved), attention.Options(scale, seed, threshold), grads, list(needs))
+    return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
 
 
 def batch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(softmax(scale · q kᵀ)) v. q (N, …, H, D), k and v (M, …, H, D) of one dtype → q's shape."""
-    given = *distinct(q, k, v), (scale, drop_threshold(dropout_p)), seed
-    with building_ahead(_Attention, *given):
-        return _Attention.apply(*given)
+    given = q, k, v, seed, (scale, drop_threshold(dropout_p))
+    apply, ahead = prepared(_Attention, given)
+    with ahead:
+        return apply(*given)

@@ -6,9 +6,8 @@ matrix products are made. What is listed is built side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf.kernels import launch
-from fastbf.torch_state import unwatched
+from fastbf.torch_state import outlived, unwatched
 
 _NOTHING = nullcontext()
 
@@ -39,14 +38,25 @@ class _Context:
         pass
 
 
-def building_ahead(function: type[Function], *args: Any) -> AbstractContextManager[object]:
-    """A context for ``function.apply(*args)``: its first launch without a kernel builds those of both directions.
+def prepared(
+    function: type[Function], args: Sequence[Any], built: bool = False
+) -> tuple[Callable[..., Any], AbstractContextManager[object]]:  # fmt: skip
+    """``function.apply``, no transform of ``torch.func`` being active, and a context to call it in with ``args``.
 
-    A kernel of backward that is refused so raises BuildError in forward.
+    Unless all is ``built``, the first launch without a kernel builds those of both directions. A kernel of backward
+    that is refused so raises BuildError in forward.
     """
     if torch.compiler.is_compiling():
-        return _NOTHING
-    return launch.ahead(partial(build, function, torch.is_grad_enabled(), args))
+        return lambda *given: function.apply(*_distinct(given)), _NOTHING
+    of_base: Any = super(Function, function)  # Function's own looks at every argument for a transform
+    apply = function.apply if outlived(args[0]) else of_base.apply
+    return apply, _NOTHING if built else launch.ahead(build, function, torch.is_grad_enabled(), args)
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments, repeated tensors as views: ``torch.compile`` takes no Function with the same tensor twice."""
+    again = [isinstance(a, Tensor) and any(a is other for other in args[:i]) for i, a in enumerate(args)]
+    return [a.view_as(a) if repeated else a for a, repeated in zip(args, again, strict=True)]
 
 
 def build(function: type[Function], differentiates: bool, args: Sequence[Any]) -> None:

@@ -23,8 +23,8 @@ from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
 from fastbf.triton_backend import tape
-from fastbf.triton_backend.building import building_ahead
-from fastbf.triton_backend.functions import by_kernels, dense, distinct, empty_like, limits_of, product_dtype
+from fastbf.triton_backend.building import prepared
+from fastbf.triton_backend.functions import by_kernels, dense, empty_like, limits_of, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
 __all__ = ["linear_cross_entropy"]
@@ -89,8 +89,8 @@ class Saved(NamedTuple):
 
 def forward(
     x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head
-) -> tuple[Tensor, Tensor, Saved]:  # fmt: skip
-    """The loss of logits = scale · (x · matrixᵀ + bias) + logit_bias, and what backward needs.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loss of logits = scale · (x · matrixᵀ + bias) + logit_bias, statistics, and the fields of :class:`Saved`.
 
     Args:
         x: (M, C), contiguous.
@@ -116,7 +116,7 @@ def forward(
         of_rows, streams=head.streams(), mean=head.reduction == "mean", loss=loss if whole else total, total=total,
         stats=stats,
     )  # fmt: skip
-    return loss, stats, Saved(total, x, matrix, kept, of_rows)
+    return loss, stats, *Saved(total, x, matrix, kept, of_rows)
 
 
 @operator("kept", "of_rows")
@@ -249,8 +249,7 @@ class _Classifier(Function):
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
-                loss, stats, saved = forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
-                made += loss, stats, *saved
+                made += forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
         loss, stats, *saved = made
         ctx.save_for_backward(*saved, *tensors)
         ctx.head, ctx.dtypes = head, tuple([None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)])
@@ -266,7 +265,8 @@ class _Classifier(Function):
         if overwrites:  # autograd then knows that the logits are overwritten, even if this fails half-way
             increment_version(Saved(*tensors[:5]).z)
 
-        what, inputs = ("linear_cross_entropy backward", head, needs, dtypes, overwrites), (grad, *tensors)
+        what = "linear_cross_entropy backward", head, needs, dtypes, overwrites
+        inputs = grad, *tensors
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
@@ -316,10 +316,10 @@ def linear_cross_entropy(
     loss_type = torch.float32 if autocasts else loss_dtype(input.dtype, target, logit_bias)
     head = Head(*options, keep=keep, compute=compute, loss=loss_type)
     x, target, linear_bias, weight, logit_bias = dense(rows, target, linear_bias, weight, logit_bias)
-    x, linear_weight, linear_bias, logit_bias = distinct(x, linear_weight, linear_bias, logit_bias)
     given = x, linear_weight, linear_bias, logit_bias, target, weight, head
-    with building_ahead(_Classifier, *given):
-        loss, of_streams = _Classifier.apply(*given)
+    apply, ahead = prepared(_Classifier, given)
+    with ahead:
+        loss, of_streams = apply(*given)
     if options.reduction == "none":
         loss = loss.view(input.shape[:-1])
     return loss, of_streams.unbind() if options.stats else ()

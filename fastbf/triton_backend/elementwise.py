@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from fastbf.kernels.add_norm import Norm
 from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows, partial_sums
 from fastbf.torch_state import norm_dtype
-from fastbf.triton_backend.building import building_ahead
+from fastbf.triton_backend import tape
+from fastbf.triton_backend.building import prepared
 from fastbf.triton_backend.functions import (
     as_rows,
     by_kernels,
     dense,
-    distinct,
     empty_like,
     from_rows,
     in_memory_order,
@@ -30,58 +30,123 @@ from fastbf.triton_backend.functions import (
 __all__ = ["activation_dropout", "dropout_add_layer_norm"]
 
 
+class Sum(NamedTuple):
+    """A call of dropout + add + LayerNorm without its tensors."""
+
+    threshold: int  #: ``fastbf.dropout.drop_threshold``
+    eps: float
+    dtype: torch.dtype  #: of the result
+    rows: Rows
+
+    def drop(self, seed: Tensor | None) -> Drop:
+        """The dropout of the kernels."""
+        return Drop(seed, int(Site.ATTENTION_OUTPUT), self.threshold)
+
+
 class _AddNorm(Function):
     """LayerNorm(residual + drop(x)) of rows [R, C]. Saves residual + drop(x), the weight and the seed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, threshold: int,
-        eps: float, dtype: torch.dtype, rows: Rows,
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, call: Sum
     ) -> Tensor:  # fmt: skip
-        y, sums = empty_like(x, dtype), empty_like(x, torch.promote_types(x.dtype, residual.dtype))
-        drop = Drop(seed, int(Site.ATTENTION_OUTPUT), threshold)
-        add_norm.forward(residual, rows, y=y, x=x, norm=Norm(weight, bias, eps), residual_out=sums, drop=drop)
+        what, inputs = ("dropout_add_layer_norm", call), (x, residual, weight, bias, seed)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _normed(*inputs, call)
+        y, sums = made
         ctx.save_for_backward(sums, weight, seed)
-        ctx.eps, ctx.threshold, ctx.rows = eps, threshold, rows
-        ctx.dtypes = (x.dtype, residual.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.call, ctx.dtypes = call, (x.dtype, residual.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     @by_kernels("dropout_add_layer_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        sums, weight, seed = ctx.saved_tensors
-        x_dtype, residual_dtype, *parameters = ctx.dtypes
-        dx, ds, channels = empty_like(dy, x_dtype), empty_like(dy, residual_dtype), dy.shape[1]
-        parts = partial_sums(dy.shape[0], limits_of(dy.device))
-        partials = torch.empty(parts, 3 * channels, dtype=torch.float32, device=dy.device)
-        add_norm.backward(
-            dy.contiguous(), ctx.rows, norm=Norm(weight, None, ctx.eps, sums), ds=ds, dx=dx, partials=partials,
-            drop=Drop(seed, int(Site.ATTENTION_OUTPUT), ctx.threshold),
-        )  # fmt: skip
-        of_norm = partials[:, channels:].sum(0).chunk(2)  # the weight's and the bias's
-        grads = (dx, ds, *(g if dtype is None else g.to(dtype) for g, dtype in zip(of_norm, parameters, strict=True)))
-        needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *needed, None, None, None, None, None
+        call, dtypes, needs, saved = ctx.call, ctx.dtypes, ctx.needs_input_grad[:4], ctx.saved_tensors
+        what, dy = ("dropout_add_layer_norm backward", call, needs, dtypes), dy.contiguous()
+        made = tape.play(what, (dy, *saved))
+        if made is None:
+            with tape.noting(what, (dy, *saved)) as made:
+                made += _normed_backward(dy, saved, call, needs, dtypes)
+        return *made, None, None
+
+
+def _normed(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, call: Sum
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and residual + drop(x)."""
+    y, sums = empty_like(x, call.dtype), empty_like(x, torch.promote_types(x.dtype, residual.dtype))
+    norm = Norm(weight, bias, call.eps)
+    add_norm.forward(residual, call.rows, y=y, x=x, norm=norm, residual_out=sums, drop=call.drop(seed))
+    return y, sums
+
+
+def _normed_backward(
+    dy: Tensor, saved: tuple[Any, ...], call: Sum, needs: tuple[bool, ...], dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, the residual, the weight and the bias, whose needs and dtypes are given."""
+    sums, weight, seed = saved
+    x_dtype, residual_dtype, *parameters = dtypes
+    dx, ds, channels = empty_like(dy, x_dtype), empty_like(dy, residual_dtype), dy.shape[1]
+    parts = partial_sums(dy.shape[0], limits_of(dy.device))
+    partials = torch.empty(parts, 3 * channels, dtype=torch.float32, device=dy.device)
+    norm = Norm(weight, None, call.eps, sums)
+    add_norm.backward(dy, call.rows, norm=norm, ds=ds, dx=dx, partials=partials, drop=call.drop(seed))
+    of_norm = partials[:, channels:].sum(0).chunk(2)  # the weight's and the bias's
+    grads = (dx, ds, *(g if dtype is None else g.to(dtype) for g, dtype in zip(of_norm, parameters, strict=True)))
+    return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
+
+
+class Act(NamedTuple):
+    """A call of activation + dropout without its tensors."""
+
+    activation: str
+    threshold: int  #: ``fastbf.dropout.drop_threshold``
+    rows: Rows
+
+    def drop(self, seed: Tensor | None) -> Drop:
+        """The dropout of the kernels."""
+        return Drop(seed, int(Site.ACTIVATION), self.threshold)
 
 
 class _Activation(Function):
     """drop(act(h)) of rows [R, F]. Saves its result with ReLU; h and the seed with GELU."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, activation: str, seed: Tensor | None, threshold: int, rows: Rows) -> Tensor:
-        u = empty_like(h)
-        activation_kernels.forward(h, rows, activation, u=u, drop=Drop(seed, int(Site.ACTIVATION), threshold))
-        ctx.save_for_backward(*((u, None) if activation == "relu" else (h, seed)))
-        ctx.activation, ctx.threshold, ctx.rows = activation, threshold, rows
+    def forward(ctx: Any, h: Tensor, seed: Tensor | None, call: Act) -> Tensor:
+        what, inputs = ("activation_dropout", call), (h, seed)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _activated(h, seed, call)
+        (u,) = made
+        ctx.save_for_backward(*((u, None) if call.activation == "relu" else (h, seed)))
+        ctx.call = call
         return u
 
     @staticmethod
     @by_kernels("activation_dropout")
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        saved, seed = ctx.saved_tensors
-        dh, drop = empty_like(du), Drop(seed, int(Site.ACTIVATION), ctx.threshold)
-        activation_kernels.backward(du.contiguous(), saved, ctx.rows, ctx.activation, dh=dh, drop=drop)
-        return dh, None, None, None, None
+        call, (saved, seed), du = ctx.call, ctx.saved_tensors, du.contiguous()
+        what, inputs = ("activation_dropout backward", call), (du, saved, seed)
+        made = tape.play(what, inputs)
+        if made is None:
+            with tape.noting(what, inputs) as made:
+                made += _activated_backward(*inputs, call)
+        return *made, None, None
+
+
+def _activated(h: Tensor, seed: Tensor | None, call: Act) -> tuple[Tensor]:
+    u = empty_like(h)
+    activation_kernels.forward(h, call.rows, call.activation, u=u, drop=call.drop(seed))
+    return (u,)
+
+
+def _activated_backward(du: Tensor, saved: Tensor, seed: Tensor | None, call: Act) -> tuple[Tensor]:
+    dh = empty_like(du)
+    activation_kernels.backward(du, saved, call.rows, call.activation, dh=dh, drop=call.drop(seed))
+    return (dh,)
 
 
 def dropout_add_layer_norm(
@@ -97,15 +162,17 @@ def dropout_add_layer_norm(
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
     matrix, rows = in_memory_order(x)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    tensors = distinct(matrix, as_rows(residual, rows), *dense(weight, bias))
-    given = *tensors, seed, drop_threshold(dropout_p), eps, dtype, rows
-    with building_ahead(_AddNorm, *given):
-        return from_rows(_AddNorm.apply(*given), rows, x.shape)
+    tensors, call = (as_rows(residual, rows), *dense(weight, bias)), Sum(drop_threshold(dropout_p), eps, dtype, rows)
+    given = matrix, *tensors, seed, call
+    apply, ahead = prepared(_AddNorm, given)
+    with ahead:
+        return from_rows(apply(*given), rows, x.shape)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x)). x (N, …, F) → its shape."""
     matrix, rows = in_memory_order(x)
-    given = matrix, activation, seed, drop_threshold(dropout_p), rows
-    with building_ahead(_Activation, *given):
-        return from_rows(_Activation.apply(*given), rows, x.shape)
+    given = matrix, seed, Act(activation, drop_threshold(dropout_p), rows)
+    apply, ahead = prepared(_Activation, given)
+    with ahead:
+        return from_rows(apply(*given), rows, x.shape)

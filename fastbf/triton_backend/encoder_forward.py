@@ -14,15 +14,15 @@ from fastbf.kernels.add_norm import NO_NORM, Norm
 from fastbf.reference import LayerWeights, split_qkv
 from fastbf.torch_state import no_autocast
 from fastbf.triton_backend import attention_across_ranks
-from fastbf.triton_backend.encoder_call import Layer, Saved, allocate
+from fastbf.triton_backend.encoder_call import Layer, allocate
 from fastbf.triton_backend.encoder_weights import cast
 from fastbf.triton_backend.matmul import linear_into
 
 
 def forward(
     x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer
-) -> tuple[Tensor, Saved]:  # fmt: skip
-    """The layer's result and what backward needs.
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The layer's result, and the fields of ``encoder_call.Saved``.
 
     Args:
         x: [R, C], contiguous.
@@ -31,7 +31,7 @@ def forward(
         layer: the call.
 
     Returns:
-        [R, C], or the fork: in memory (2N, L, C), or (L, 2N, C) if ``layer.position_major``, as [2R, C].
+        First [R, C], or the fork: in memory (2N, L, C), or (L, 2N, C) if ``layer.position_major``, as [2R, C].
     """
     rows, (count, channels), saved = layer.rows(), x.shape, allocate(x, weights, layer)
     dtype = saved.s1.dtype if layer.norm_first else layer.norm
@@ -76,4 +76,4 @@ def forward(
 
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
         add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=out, norm=last, plain=plain, drop=drop)
-    return out, saved
+    return out, *saved

@@ -15,7 +15,7 @@ from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
 from fastbf.triton_backend import tape
-from fastbf.triton_backend.building import build, building_ahead
+from fastbf.triton_backend.building import build, prepared
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
@@ -24,7 +24,6 @@ from fastbf.triton_backend.functions import (
     as_rows,
     by_kernels,
     dense,
-    distinct,
     from_rows,
     in_memory_order,
     product_dtype,
@@ -67,8 +66,7 @@ class _EncoderLayer(Function):
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
-                out, rest = forward(x, plain, weights, layer._replace(seed=seed))
-                made += out, *rest
+                made += forward(x, plain, weights, layer._replace(seed=seed))
         out, *rest = made
         saved = Saved(*rest)
         products = weights[:8:2] if saved.cast is None else (None,) * 4
@@ -157,16 +155,13 @@ def encoder_layer(
     make = _layer.__wrapped__ if torch.compiler.is_compiling() else _layer
     layer = make(rows, options, fork, compute, norm_dtype(x, norm))
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
-    x_rows, other, *given = distinct(matrix, other, *tensors)
-    if batch is None:
-        with building_ahead(_EncoderLayer, x_rows, other, seed, layer, *given):
-            out = _EncoderLayer.apply(x_rows, other, seed, layer, *given)
-    else:
-        if batch.new:
-            silent = x_rows, other, seed, layer._replace(batch=batch.silent()), *given
-            agree(batch, partial(build, _EncoderLayer, torch.is_grad_enabled(), silent))
-        out = _EncoderLayer.apply(x_rows, other, seed, layer._replace(batch=batch), *given)
-    return from_rows(out, rows, x.shape)
+    if batch is not None and batch.new:
+        silent = matrix, other, seed, layer._replace(batch=batch.silent()), *tensors
+        agree(batch, partial(build, _EncoderLayer, torch.is_grad_enabled(), silent))
+    given = matrix, other, seed, layer if batch is None else layer._replace(batch=batch), *tensors
+    apply, ahead = prepared(_EncoderLayer, given, built=batch is not None)
+    with ahead:
+        return from_rows(apply(*given), rows, x.shape)
 
 
 @lru_cache(maxsize=1024)

@@ -58,14 +58,6 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
-def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, repeated ones as views: ``torch.compile`` takes no Function with the same tensor twice."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    again = [t is not None and any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
-    return tuple(t.view_as(t) if t is not None and repeated else t for t, repeated in zip(tensors, again, strict=True))
-
-
 def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors, contiguous."""
     return tuple([None if t is None else t.contiguous() for t in tensors])  # a list is quicker than a generator

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.kernels.launch import Launched, noted, planning, stream_for
-from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, copy_all, no_autocast, watched
+from fastbf.kernels.launch import Launched, noted, stream_for
+from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, autocasts, copy_all, no_autocast, watched
 
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
@@ -56,17 +56,26 @@ def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
     """
-    if torch.compiler.is_compiling() or what not in _tapes or watched() or planning():
+    if torch.compiler.is_compiling() or watched():
         return None
-    first: Any = tensors[0]
-    stream = stream_for(first.device)
+    tapes, first = _tapes.get(what), tensors[0]
+    if not tapes:
+        return None
+    device: torch.device = first.device  # type: ignore[union-attr]
+    stream = stream_for(device)
     if stream is None:
         return None
-    with no_autocast(first):
-        for tape in _tapes.get(what, ()):
-            made = tape(stream, *tensors)
-            if made is not None:
-                return made
+    if autocasts(device.type):
+        with no_autocast(first):  # type: ignore[arg-type]
+            return _first_fit(tapes, stream, tensors)
+    return _first_fit(tapes, stream, tensors)
+
+
+def _first_fit(tapes: tuple[Tape, ...], stream: int, tensors: Sequence[Tensor | None]) -> Results | None:
+    for tape in tapes:
+        made = tape(stream, *tensors)
+        if made is not None:
+            return made
     return None
 
 
@@ -77,7 +86,7 @@ def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> It
     The second call of a signature is noted. A batch of another size often comes once.
     """
     results: list[Any] = []
-    if what is None or torch.compiler.is_compiling() or watched() or planning() or not _is_second(what, tensors):
+    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
         yield results
         return
     recorder = _Recorder(tensors)
@@ -90,6 +99,8 @@ def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> It
 def _is_second(what: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> bool:
     """Whether the call is the second of its signature, and one that a tape may hold."""
     first: Any = tensors[0]
+    if stream_for(first.device) is None:
+        return False
     of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
     given = [t for t in tensors if t is not None]
     distinct = len({id(t) for t in given}) == len(given)
@@ -100,7 +111,7 @@ def _is_second(what: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> bool:
         while len(_seen) > MOST_SEEN:
             del _seen[next(iter(_seen))]
     aligned = not any(t.data_ptr() % 16 for t in given)
-    return before == 1 and distinct and aligned and stream_for(first.device) is not None
+    return before == 1 and distinct and aligned
 
 
 def _hold(what: tuple[Any, ...], tape: Tape) -> None:

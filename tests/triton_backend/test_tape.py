@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
+from fastbf import functional
 from fastbf.kernels import launch
 from fastbf.triton_backend import tape
 
@@ -93,6 +94,42 @@ def test_the_third_step_goes_by_tapes(norm_first, autocast, plays):
     if autocast == torch.float32:  # 16 bits differ in Triton's interpreter between one call and the next
         assert_as_written(step)
         assert plays["by a tape"] == 12
+
+
+def _attention(n, p):
+    q, k, v = torch.randn(3, n, 2, C).unbind()
+    return (q, k, v), lambda *qkv: functional.batch_attention(*qkv, dropout_p=p, backend="triton")
+
+
+def _add_norm(n, p):
+    given = torch.randn(n, 3, C), torch.randn(n, 3, C), torch.rand(C), torch.rand(C)
+    return given, lambda *t: functional.dropout_add_layer_norm(*t, dropout_p=p, eps=1e-5, backend="triton")
+
+
+def _relu(n, p):
+    return (torch.randn(n, C),), lambda x: functional.activation_dropout(x, "relu", dropout_p=p, backend="triton")
+
+
+def _gelu(n, p):
+    return (torch.randn(n, C),), lambda x: functional.activation_dropout(x, "gelu", dropout_p=p, backend="triton")
+
+
+@pytest.mark.parametrize("n", [4, 40])  # attention packs the smaller one
+@pytest.mark.parametrize("op", [_attention, _add_norm, _relu, _gelu])
+def test_single_ops(op, n, plays):
+    for p, frozen in ((0.5, 1), (0.5, 0), (0.25, 0)):
+        given, function = op(n, p)
+        given = [t.requires_grad_(i >= frozen or len(given) == 1) for i, t in enumerate(given)]
+
+        def step(function=function, given=given):
+            out = function(*given)
+            return [out.detach(), *torch.autograd.grad(out.sin().sum(), [t for t in given if t.requires_grad])]
+
+        for _ in range(2):
+            step()
+        plays.clear()
+        assert_as_written(step)
+        assert plays == {"by a tape": 2}
 
 
 @pytest.mark.parametrize("positions", [(), (3,)])
