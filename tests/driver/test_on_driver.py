@@ -6,17 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.driver.device import build, compiler
+from bench.driver import build, obstacle
 
 FOLDER = Path(__file__).parent
 
-pytestmark = [
-    pytest.mark.skipif(compiler() is None, reason="no C compiler builds the libcuda that does nothing"),
-    pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA driver looks for libcuda.so.1"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the libcuda of a GPU is in this process's reach"),
-]
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
 
 @pytest.fixture(scope="module")
