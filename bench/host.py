@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -54,14 +54,14 @@ def _instead_of_a_gpu(launches: AbstractContextManager[object]) -> Iterator[torc
     torch.set_num_threads(threads)
 
 
-@contextmanager
-def device() -> Iterator[torch.device]:
+def stand_in() -> AbstractContextManager[torch.device]:
+    """The CPU, where launches go to the stand-in."""
+    return _instead_of_a_gpu(stub_gpu())
+
+
+def device() -> AbstractContextManager[torch.device]:
     """The GPU, or the stand-in."""
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
-        return
-    with _instead_of_a_gpu(stub_gpu()) as on:
-        yield on
+    return nullcontext(torch.device("cuda")) if torch.cuda.is_available() else stand_in()
 
 
 def providers(op: str) -> tuple[str, str]:
