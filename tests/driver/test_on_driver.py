@@ -21,7 +21,11 @@ def library(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("check_*.py")), ids=lambda file: file.stem)
+FILES = sorted(FOLDER.glob("check_*.py"))
+SLOW = {"check_memory": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, id=f.stem, marks=SLOW.get(f.stem, ())) for f in FILES])
 def test_on_a_driver_that_does_nothing(file, library, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
     environment |= {"TRITON_LIBCUDA_PATH": str(library), "TRITON_CACHE_DIR": str(tmp_path)}
