@@ -128,17 +128,22 @@ def _measured(on: torch.device, mode: str, seconds: float) -> Iterator[Record]:
 
 
 def _in_turns(runs: dict[str, Run], seconds: float, calls: int) -> dict[str, list[float]]:
-    """The host's time for a call, in blocks of several; what a GPU has to do is waited for outside of it."""
-    order = list(runs)
+    """The host's time for a call, in blocks of several; what a GPU has to do is waited for outside of it.
+
+    Without a GPU all happens in this thread, whose own time leaves out what other processes take meanwhile. With one,
+    backward is another thread's.
+    """
+    gpu, order = torch.cuda.is_available(), list(runs)
+    clock = time.perf_counter if gpu else time.thread_time
     taken: dict[str, list[float]] = {name: [] for name in order}
     end = time.perf_counter() + seconds * len(order)
     while time.perf_counter() < end or len(taken[order[0]]) < 5:
         for name in order:
-            run, start = runs[name], time.perf_counter()
+            run, start = runs[name], clock()
             for _ in range(calls):
                 run()
-            taken[name].append((time.perf_counter() - start) / calls)
-            if torch.cuda.is_available():
+            taken[name].append((clock() - start) / calls)
+            if gpu:
                 torch.cuda.synchronize()
         order.reverse()
     return {name: taken[name] for name in runs}
