@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from bench import host, limits, listing, publishing, report, tune
 from bench.ops import DTYPES, MODES, OPS, Problem, default_dtype
+from bench.patterns import SMALL
 from bench.providers import PROVIDERS
 from bench.records import (
     COLUMNS,
@@ -30,7 +31,7 @@ from bench.records import (
     write,
 )  # fmt: skip
 from bench.runner import DeviceLost, Plan, cells, key, measure
-from bench.terminal import show
+from bench.terminal import show, show_host
 from bench.workloads import BY_NAME, WORKLOADS, Workload
 
 #: Products that a CPU of two cores does in a few seconds.
@@ -122,12 +123,13 @@ def _counted(records: Iterator[Record], bar: tqdm, failed: list[Record]) -> Iter
 def _host(arguments: argparse.Namespace) -> int:
     where = environment(_device(None))
     name = file_name("host", where.device)
+    if arguments.publish:
+        publishing.check(publishing.planned(host.planned(), 0, where.commit), publishing.committed(name))
     path = _path(arguments.out, name)
-    _introduce(where, f", {'its own' if torch.cuda.is_available() else 'a stand-in for a'} GPU; {host.SMALL.size}")
+    _introduce(where, f", {'its own' if torch.cuda.is_available() else 'a stand-in for a'} GPU; {SMALL.size}")
+    gc.freeze()  # what is here already need not be looked at while something is timed
     with output(path, COLUMNS) as put:
-        for r in write(put, where, host.measure(arguments.seconds)):
-            what = f"{r.op:<8}{r.dtype:<6}{r.provider:<10}"
-            print(f"  {what}{r.p50_ms * 1e3:>9.1f} µs, median of {r.calls} calls", flush=True)
+        show_host(write(put, where, host.measure(arguments.seconds)))
     _finish(path, name, arguments.publish)
     return 0
 

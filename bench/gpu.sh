@@ -97,7 +97,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     part tune 60 "$python" -m bench tune --budget 45 --out "$out/tune.csv"
     measure compiled 60 compiled step --seconds 0.1 --providers fastbf fastbf-graphed paper compile compile-max \
         --workloads imagenet-lt-256 large-4096-512 cifar100-lt v2-deit-s
-    part host 12 "$python" -m bench host --out "$out/host.csv" --seconds 0.5
+    part host 12 "$python" -m bench host --out "$out/host.csv" --seconds 0.1
     if command -v ncu >/dev/null; then
         # After the launches of the comparison with fp64 and one forward: a whole step.
         part ncu 30 ncu --clock-control none --launch-skip 18 --launch-count 12 \
@@ -124,7 +124,7 @@ else
     measure attention 30 ops op attention --seconds 0.02 --modes forward backward --providers fastbf fastbf-torch paper \
         --workloads cifar100-lt
     measure loss 30 ops op loss --seconds 0.02 --providers fastbf fastbf-torch paper --workloads cifar100-lt
-    part host 60 "$python" -m bench host --out "$out/host.csv" --seconds 0.3
+    part host 60 "$python" -m bench host --out "$out/host.csv" --seconds 0.1
     for name in install build step-graph step-large tune compiled ncu sanitizer elementwise; do
         say "$name: skipped, needs an NVIDIA GPU"
     done

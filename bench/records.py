@@ -48,7 +48,7 @@ class Record(NamedTuple):
     k: int
     dtype: str
     dropout: float
-    mode: str  #: forward, backward or both
+    mode: str  #: forward, backward or both; of the host's times, which way launches go (``bench/host.py``)
     capture: str  #: eager, or graph where a CUDA graph was replayed
     provider: str
     status: str  #: measured, skipped or failed

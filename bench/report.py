@@ -18,6 +18,8 @@ from bench.workloads import BUSY, LARGE, SMALL
 OUR_NAMES = tuple(p.name for p in OURS)
 #: The blocks about the PyTorch fallback on a CPU, and their workloads; "busy" is beside busy processes.
 FALLBACK = {"small": SMALL, "large": LARGE, "busy": BUSY}
+#: The host's times without a GPU: where launches go, by mode.
+LAUNCHED = {"host": "on the stand-in", "host-launcher": "by Triton's launcher"}
 Table = Callable[[list[Row]], str]
 _UTF8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  #: what is read is written, byte for byte
 
@@ -77,7 +79,7 @@ def _block(name: str, rows: list[Row], drawn: list[str]) -> str:
     if name == "pictures":
         return "\n".join(f"![{Path(path).stem.replace('-', ' ')}]({path})" for path in drawn)
     if name == "host":
-        return _on_every_device([r for r in rows if r["mode"] == "host"], _host)
+        return _on_every_device([r for r in rows if r["mode"] in LAUNCHED and r["status"] == "measured"], _host)
     rows = [r for r in rows if r["mode"] == "both" and r["status"] == "measured"]
     if name in FALLBACK:
         return _by_machine([r for r in rows if _of_fallback(r, name)], _fallback) or "Not measured yet."
@@ -210,6 +212,14 @@ def _memory(rows: list[Row]) -> str:
 
 
 def _host(rows: list[Row]) -> str:
-    """What launches and steps cost the host."""
-    lines = [[f"{r['op']}, {r['dtype']}", r["provider"], _short(1e3 * r["p50_ms"])] for r in rows]
-    return _markdown(["what", "by", "host time, µs"], lines)
+    """What launches and steps cost the host, ours beside the others."""
+    lines, cases = [], {}
+    for r in rows:
+        cases.setdefault((r["op"], r["dtype"], r["mode"]), {})[r["provider"]] = r
+    for (op, dtype, mode), case in cases.items():
+        ours = case.pop("fastbf", None)
+        for other in case.values() if ours else ():
+            times = [f"{_short(1e3 * other['p50_ms'])} ({other['provider']})", _short(1e3 * ours["p50_ms"])]
+            where = "on the GPU" if ours["device_type"] == "cuda" else LAUNCHED[mode]
+            lines.append([f"{op}, {dtype}", where, *times, f"{ours['p50_ms'] / other['p50_ms']:.2f}"])
+    return _markdown(["what", "launches", "other, µs", "fastbf, µs", "fastbf ÷ other"], lines)

@@ -33,3 +33,20 @@ def _numbers(r: Record, paper: float | None) -> str:
     columns += [(r.peak_mib, 10, ".1f"), (r.share, 8, ".1%")]
     text = "".join(f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}" for value, width, form in columns)
     return text + (f"  {r.note}" if r.note else "")
+
+
+def show_host(records: Iterable[Record]) -> None:
+    """A line for each case, with the quotient of the host's times; first, which way launches go."""
+    for mode, of_mode in itertools.groupby(records, key=lambda r: r.mode):
+        print(f"\n{mode}\n  {'op':<10}{'dtype':<6}{'other, µs':>20}{'fastbf, µs':>12}{'fastbf ÷':>10}{'calls':>8}")
+        for (op, dtype), pair in itertools.groupby(of_mode, key=lambda r: (r.op, r.dtype)):
+            other, ours = pair
+            if ours.status != "measured":
+                print(f"  {op:<10}{dtype:<6}{ours.status}: {ours.note}", flush=True)
+                continue
+            theirs = f"{other.provider} {other.p50_ms * 1e3:9.1f}"
+            quotient = ours.p50_ms / other.p50_ms
+            print(
+                f"  {op:<10}{dtype:<6}{theirs:>20}{ours.p50_ms * 1e3:>12.1f}{quotient:>10.2f}{ours.calls:>8}",
+                flush=True,
+            )

@@ -4,12 +4,11 @@ import pytest
 
 from bench import host
 
-CASES = [("launch", "triton", "fp32"), ("launch", "fastbf", "fp32")]
-CASES += [("step", provider, dtype) for dtype in host.DTYPES for provider in host.PROVIDERS_OF_STEP]
 
-
-@pytest.mark.parametrize(("op", "provider", "dtype"), CASES)
-def test_host(benchmark, op, provider, dtype):
+@pytest.mark.parametrize(
+    ("op", "dtype", "provider"), [(*case, provider) for case in host.CASES for provider in host.providers(case[0])]
+)
+def test_host(benchmark, op, dtype, provider):
     benchmark.group = f"host, {op}, {dtype}"
-    with host.device() as on, host.ready(on, op, provider, dtype) as run:
-        benchmark(run)
+    with host.device() as on:
+        benchmark(host.ready(on, op, dtype)[provider])

@@ -77,7 +77,7 @@ class TestReport:
         report.make([tmp_path / "host.csv"], [readme], tmp_path)
         after = readme.read_bytes()
         assert around(after) == around(before)
-        assert "| what | by | host time, µs |".encode() in after
+        assert "| what | launches | other, µs | fastbf, µs | fastbf ÷ other |".encode() in after
         assert b"a machine, torch" in after
         assert after.count(b"\n") == after.count(newline.encode())
 

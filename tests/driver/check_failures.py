@@ -10,10 +10,10 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import fastbf
+from bench.driver import device
 from fastbf import backend, functional
 from fastbf.kernels import activation, failures, launch, probe
 from fastbf.kernels.failures import BuildError, CaptureError
-from tests.driver.device import device
 
 CPU, CAPTURING = torch.device("cpu"), 900
 

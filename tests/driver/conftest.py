@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def library():
-    from tests.driver.device import Library
+    from bench.driver import Library
 
     return Library(Path(os.environ["TRITON_LIBCUDA_PATH"]))
 
@@ -14,7 +14,7 @@ def library():
 @pytest.fixture
 def cuda(library):
     """The library under a device with compute capability 9.0, on which nothing was built."""
-    from tests.driver.device import device
+    from bench.driver import device
 
     library.forget()
     with device():

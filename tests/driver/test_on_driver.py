@@ -6,17 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.driver.device import build, compiler
+from bench.driver import build, obstacle
 
 FOLDER = Path(__file__).parent
 
-pytestmark = [
-    pytest.mark.skipif(compiler() is None, reason="no C compiler builds the libcuda that does nothing"),
-    pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA driver looks for libcuda.so.1"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the libcuda of a GPU is in this process's reach"),
-]
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +21,11 @@ def library(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("check_*.py")), ids=lambda file: file.stem)
+FILES = sorted(FOLDER.glob("check_*.py"))
+SLOW = {"check_memory": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, id=f.stem, marks=SLOW.get(f.stem, ())) for f in FILES])
 def test_on_a_driver_that_does_nothing(file, library, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
     environment |= {"TRITON_LIBCUDA_PATH": str(library), "TRITON_CACHE_DIR": str(tmp_path)}

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,21 @@ SOURCE = Path(__file__).with_name("libcuda.c")
 NAME = "libcuda.so.1"
 
 
-def compiler() -> list[str] | None:
+def _compiler() -> list[str] | None:
     """The command of the C compiler that Triton takes; None if there is none."""
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return shlex.split(found) if found else None
+
+
+def obstacle() -> str | None:
+    """Why there is no such GPU here, in a sentence; None if there is."""
+    if sys.platform != "linux":
+        return "Triton's NVIDIA driver looks for libcuda.so.1, which Linux has"
+    if torch.cuda.is_available():
+        return "the libcuda of a GPU is in this process's reach"
+    if _compiler() is None:
+        return "no C compiler builds the libcuda that does nothing"
+    return None
 
 
 def build(folder: Path) -> None:
@@ -32,7 +44,7 @@ def build(folder: Path) -> None:
 
     include = Path(nvidia.__file__).parent / "include"
     flags = ["-shared", "-fPIC", "-O1", "-fvisibility=hidden", f"-Wl,-soname,{NAME}", f"-I{include}"]
-    subprocess.run([*(compiler() or []), *flags, str(SOURCE), "-o", str(folder / NAME)], check=True)
+    subprocess.run([*(_compiler() or []), *flags, str(SOURCE), "-o", str(folder / NAME)], check=True)
 
 
 class Library:
@@ -50,6 +62,10 @@ class Library:
     def launches(self) -> list[str]:
         """A line each: kernel, programs, threads, shared memory, stream, attributes, bytes of the parameters."""
         return self._library.driver_launches().decode().splitlines()
+
+    def be_quiet(self) -> None:
+        """From now on launches are not noted: that takes far longer than the launch itself."""
+        self._library.driver_be_quiet()
 
     def forget(self) -> None:
         """Forgets launches and loads."""

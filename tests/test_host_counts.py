@@ -1,0 +1,62 @@
+"""A warm step asks no more of the host than it did: counted, not timed (``tests/host_counts.py`` says of what).
+
+``pytest -s`` and ``python -m tests.host_counts`` print the counts, those of the paper's code beside them.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import host
+from bench.patterns import PATTERNS
+from tests.host_counts import Counts
+
+ROOT = Path(__file__).parents[1]
+
+#: The counts of fastbf; a step may have 3% more. Lower them when they fall.
+LIMITS = {
+    ("step", "fp32"): Counts(python=345, c=319, aten=66),
+    ("step", "amp"): Counts(python=352, c=355, aten=94),
+    ("targets", "fp32"): Counts(python=348, c=327, aten=67),
+    ("targets", "amp"): Counts(python=355, c=363, aten=95),
+    ("stats", "fp32"): Counts(python=131, c=138, aten=22),
+    ("stats", "amp"): Counts(python=134, c=145, aten=26),
+    ("layer", "fp32"): Counts(python=230, c=214, aten=47),
+    ("layer", "amp"): Counts(python=236, c=245, aten=71),
+    ("forked", "fp32"): Counts(python=239, c=243, aten=64),
+    ("forked", "amp"): Counts(python=243, c=272, aten=88),
+}
+SLACK = 1.03
+
+PINNED = next(line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split() if "torch==" in line)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """By pattern and dtype, in a process of its own: kernels are compiled here, which the interpreter replaces."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.host_counts"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    print("\n" + result.stdout)
+    lines = [line.split() for line in result.stdout.splitlines()[1:]]
+    return {(name, dtype): Counts(*map(int, numbers)) for name, dtype, by, *numbers in lines if by == "fastbf"}
+
+
+@pytest.mark.skipif(torch.__version__.partition("+")[0] != PINNED.partition("==")[2], reason=f"counted with {PINNED}")
+@pytest.mark.parametrize(("name", "dtype"), LIMITS)
+def test_a_step_has_no_more_calls(name, dtype, counted):
+    found, limit = counted[name, dtype], LIMITS[name, dtype]
+    assert not [
+        f"{kind}: {count}, more than {most} and 3%"
+        for kind, count, most in zip(Counts._fields, found, limit, strict=True)
+        if count > SLACK * most
+    ]
+
+
+def test_every_pattern_has_its_limit(counted):
+    assert set(LIMITS) == set(counted) == {(name, dtype) for name in PATTERNS for dtype in host.DTYPES}
