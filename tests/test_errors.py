@@ -425,6 +425,20 @@ def test_a_call_of_the_classifier_with_targets_suggests_the_loss(training):
     classifier = fastbf.SharedClassifier(8, 3).train(training)
     with pytest.raises(TypeError, match=r"features alone, got 2 arguments: .* is classifier\.loss\(features, target\)"):
         classifier(X, Y)
+    for name in ("target", "labels"):
+        with pytest.raises(
+            TypeError, match=rf"features alone, got {name}=: .* is classifier\.loss\(features, target\)"
+        ):
+            classifier(X, **{name: Y})
+    with pytest.raises(TypeError, match=r"got 2 arguments: .* is classifier\.loss"):
+        classifier(X, Y, reduction="sum")
+
+
+@pytest.mark.parametrize(("given", "advice"), [("x", "did you mean features="), ("xyz", "it takes features, input")])
+def test_a_call_of_the_classifier_with_an_unknown_keyword(given, advice):
+    message = rf"SharedClassifier\.forward\(\) got an unexpected keyword argument '{given}': {advice}"
+    with pytest.raises(TypeError, match=message):
+        fastbf.SharedClassifier(8, 3)(**{given: X})
 
 
 def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
@@ -15,6 +14,7 @@ from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
 from fastbf.torch_state import as_leaf, has_own, is_replica
+from fastbf.warned import warn
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -197,7 +197,7 @@ class BatchFormer(nn.Module):
             return leaf
         if not self.training:
             return (features, *targets) if targets else features
-        dims = batch_dim, _ = self._dims(features)
+        dims = batch_dim, _ = self._check(features)
         n = features.shape[batch_dim]
         if not self.forked:
             if any(map(_is_fork, (features, *targets))):
@@ -272,7 +272,7 @@ class BatchFormer(nn.Module):
         """
         if not isinstance(features, Tensor) and (leaf := as_leaf(self, _MIX, features)) is not None:
             return leaf
-        return layout.formatted(self._mix(features, self._dims(features)), features)
+        return layout.formatted(self._mix(features, self._check(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
@@ -288,7 +288,7 @@ class BatchFormer(nn.Module):
             >>> fastbf.BatchFormer(32).attention_map(torch.randn(6, 32)).shape
             torch.Size([4, 6, 6])
         """
-        x = _samples_first(features, self._dims(features))
+        x = _samples_first(features, self._check(features))
         positions = x.shape[1:-1]
         with _evaluating(self.layers):
             x = self._run(_flat(x), self.layers[:-1])
@@ -300,7 +300,7 @@ class BatchFormer(nn.Module):
         parts = f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
         return parts + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
-    def _dims(self, features: Tensor) -> tuple[int, int]:
+    def _check(self, features: Tensor) -> tuple[int, int]:
         """Checks the features and returns their batch and channel dimension, counted from the front."""
         checks.dense("features", checks.floating("features", features))
         checks.min_rank("features", features, 2, "a batch of features")
@@ -377,7 +377,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn(message)
 
 
 _FORWARD, _MIX = BatchFormer.forward, BatchFormer.mix
