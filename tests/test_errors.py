@@ -74,6 +74,17 @@ CASES = [
     (lambda: former()(Y), TypeError, "features must have a floating-point dtype, got torch.int64"),
     (lambda: former()(X[0]), ValueError, "features must be .* at least 2 dimensions"),
     (lambda: former()(X[:, :4]), ValueError, "features must have 8 channels along channel_dim=-1"),
+    (
+        lambda: former()(torch.randn(6, 8, 4, 4)),
+        ValueError,
+        r"channels along channel_dim=-1, got shape \(6, 8, 4, 4\), which fits channel_dim=1$",
+    ),
+    (lambda: former()(X[:, :4]), ValueError, r"got shape \(6, 4\)$"),
+    (
+        lambda: fastbf.BatchFormer(8)(X, targets=Y),
+        TypeError,
+        r"by position, got targets=: write former\(features, target",
+    ),
     (lambda: former(batch_dim=2)(X), ValueError, r"batch_dim must lie in \[-2, 1\] for 2-D features, got 2"),
     (lambda: former(channel_dim=-3)(X), ValueError, "channel_dim must lie in"),
     (lambda: former(batch_dim=-1, channel_dim=1)(X), ValueError, "must differ, got -1 and 1"),

@@ -162,7 +162,7 @@ class BatchFormer(nn.Module):
         for layer in self.layers:
             layer.process_group = process_group
 
-    def forward(self, features: Tensor, *targets: Any) -> Any:
+    def forward(self, features: Tensor, *targets: Any, **keywords: Any) -> Any:
         """Forks the features in training; returns its arguments in evaluation.
 
         Args:
@@ -183,7 +183,7 @@ class BatchFormer(nn.Module):
                 made of a fork is not recognised.
 
         Raises:
-            TypeError: features that are not a floating-point tensor, targets of another type.
+            TypeError: features that are not a floating-point tensor, targets of another type, or by keyword.
             ValueError: wrong rank, width or device, dimensions out of range or equal, targets of the wrong length,
                 an odd batch where it should be forked.
 
@@ -195,6 +195,11 @@ class BatchFormer(nn.Module):
         """
         if not isinstance(features, Tensor) and (leaf := as_leaf(self, _FORWARD, features, *targets)) is not None:
             return leaf
+        if keywords:
+            raise TypeError(
+                f"a call of BatchFormer takes features and targets by position, got {next(iter(keywords))}=: write "
+                "former(features, target)"
+            )
         if not self.training:
             return (features, *targets) if targets else features
         dims = batch_dim, _ = self._check(features)
@@ -316,9 +321,10 @@ class BatchFormer(nn.Module):
                 f"dimension of {rank}-D features"
             )
         if features.shape[dims[1]] != self.dim:
+            fits = [dim for dim, size in enumerate(features.shape) if size == self.dim and dim != dims[0]]
             raise ValueError(
                 f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
-                f"{tuple(features.shape)}"
+                f"{tuple(features.shape)}" + (f", which fits channel_dim={fits[0]}" if fits else "")
             )
         return dims[0], dims[1]
 

@@ -172,7 +172,7 @@ class SharedClassifier(nn.Linear):
         return values.on(x, torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
 
     def forward(  # type: ignore[override]  # nn.Linear's takes no name but ``input``
-        self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None, **others: Any
+        self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None, **keywords: Any
     ) -> Tensor:
         """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K).
 
@@ -188,8 +188,8 @@ class SharedClassifier(nn.Linear):
         if isinstance(traced, torch.fx.Proxy):  # of a model, or of this module, whose arguments are all proxies then
             leaf = as_leaf(self, _FORWARD, traced)
             return reference.class_logits(super().forward(traced), self.scale, None) if leaf is None else leaf
-        if targets or others:
-            raise TypeError(self._advice(targets, others))
+        if targets or keywords:
+            raise TypeError(self._advice(targets, keywords))
         x = self._check(checks.either("features", features, "input", input))
         return reference.class_logits(super().forward(x), self.scale, None)
 
@@ -300,11 +300,11 @@ class SharedClassifier(nn.Linear):
         )
 
     @staticmethod
-    def _advice(targets: tuple[Any, ...], others: dict[str, Any]) -> str:
+    def _advice(targets: tuple[Any, ...], keywords: dict[str, Any]) -> str:
         """What to write instead of a call with more than features."""
-        named = [name for name in others if name in _TARGETS]
-        if others and not named and not targets:
-            return unexpected("SharedClassifier.forward", next(iter(others)), ["features", "input"])
+        named = [name for name in keywords if name in _TARGETS]
+        if keywords and not named and not targets:
+            return unexpected("SharedClassifier.forward", next(iter(keywords)), ["features", "input"])
         given = f"{named[0]}=" if named else f"{1 + len(targets)} arguments"
         return (
             f"a call of SharedClassifier takes features alone, got {given}: the loss of features and targets is "
