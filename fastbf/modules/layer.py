@@ -203,9 +203,10 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
                 return "a module inside the layer was replaced."
             if is_altered(m):
                 return "a module inside the layer has hooks, or a forward of its own."
-        if is_altered(attention.out_proj) or (isinstance(activation, nn.Module) and is_altered(activation)):
+        out_proj = attention.out_proj
+        if is_altered(out_proj) or (isinstance(activation, nn.Module) and is_altered(activation)):
             return "a module inside the layer has hooks, or a forward of its own."
-        if not linear2.out_features == attention.out_proj.out_features == attention.embed_dim:
+        if not linear2.out_features == out_proj.out_features == attention.embed_dim:
             return "a module inside the layer has another width than the layer."
         if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
