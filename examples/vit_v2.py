@@ -1,11 +1,14 @@
 """BatchFormerV2 in a small ViT on handwritten digits, and in a ViT of timm.
 
-    python examples/vit_v2.py [--steps N] [--sizes N ...] [--out DIR] [--seeds N] [--device auto|cpu|cuda] [--quick]
+    python examples/vit_v2.py [--data digits|mnist] [--steps N] [--sizes N ...] [--out DIR] [--seeds N]
+                              [--device auto|cpu|cuda] [--quick]
 
 Images of 8 × 8 pixels as 16 patches and a class token, four blocks, few training images. `insert_batchformer` puts one
 BatchFormer behind the second block, which forks the tokens, and one behind the third, which finds them forked; training
-runs on both streams, prediction on the plain one. Prints accuracies and paired differences with their intervals, shows
-that the stripped model predicts the same, saves a picture; where timm is installed, does the same to one of its ViTs.
+runs on both streams, prediction on the plain one. ``--data mnist`` takes images of 28 × 28 pixels as 49 patches, trains
+longer, and has one BatchFormer behind three quarters of the blocks, as the authors' DeiT. Prints accuracies and paired
+differences with their intervals, shows that the stripped model predicts the same, saves a picture; where timm is
+installed, does the same to one of its ViTs.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mnist
 import numpy as np
 import torch
 from comparison import FOOTNOTE, Mean, table
@@ -28,10 +32,32 @@ from torch import Tensor, nn
 
 import fastbf
 
-CLASSES, TEST_PER_CLASS, CHANNELS, DEPTH, BATCH = 10, 50, 32, 4, 64
-AFTER = (1, 2)  # blocks that a BatchFormer follows
+CLASSES, CHANNELS, DEPTH, BATCH = 10, 32, 4, 64
 SIZES = (40,)  # training images of each class
 RATE = 4e-3  # chosen without BatchFormer, of 2e-3 and 4e-3, on other seeds
+
+
+def load_digits_8x8() -> tuple[Tensor, Tensor]:
+    """Images (1797, 1, 8, 8) with values in [0, 1] and labels (1797,)."""
+    digits = load_digits()
+    return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.from_numpy(digits.target)
+
+
+class Data(NamedTuple):
+    """Where images and labels come from, and what is trained on them."""
+
+    load: Callable[[], tuple[Tensor, Tensor]]
+    patch: int  # pixels along a side
+    patches: int
+    after: tuple[int, ...]  # blocks that a BatchFormer follows
+    test: int  # images of every class
+    steps: int
+
+
+DATA = {
+    "digits": Data(load_digits_8x8, 2, 16, (1, 2), 50, 400),
+    "mnist": Data(mnist.load, 4, 49, (2,), 100, 600),
+}
 
 
 class Run(NamedTuple):
@@ -51,12 +77,12 @@ class Result(NamedTuple):
 class ViT(nn.Module):
     """A small one, with timm's names: ``blocks`` is an ``nn.Sequential`` on (N, L, C), ``embed_dim`` is C."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: int = 2, patches: int = 16) -> None:
         super().__init__()
         self.embed_dim = CHANNELS
-        self.patch_embed = nn.Conv2d(1, CHANNELS, kernel_size=2, stride=2)
+        self.patch_embed = nn.Conv2d(1, CHANNELS, kernel_size=patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, CHANNELS))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 17, CHANNELS))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, CHANNELS))
         self.blocks = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(CHANNELS, 4, 2 * CHANNELS, 0.0, batch_first=True, norm_first=True)
@@ -67,7 +93,7 @@ class ViT(nn.Module):
         self.head = fastbf.SharedClassifier(CHANNELS, CLASSES)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(N, 1, 8, 8) → (N, 17, C), the class token first."""
+        """(N, 1, height, width) → (N, 1 + patches, C), the class token first."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
 
@@ -107,17 +133,15 @@ def insert_batchformer(vit: nn.Module, after: Collection[int], **options: Any) -
     return inserted
 
 
-def load(size: int, seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def load(data: Data, size: int, seed: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(images, labels) for training, ``size`` of each class, and for testing, sorted by class."""
-    digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    by_class = [order[digits.target[order] == c] for c in range(CLASSES)]
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images, labels = data.load()
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = [order[labels.numpy()[order] == c] for c in range(CLASSES)]
     test, train = (
         torch.from_numpy(np.concatenate([rows[part] for rows in by_class]))
-        for part in (slice(TEST_PER_CLASS), slice(TEST_PER_CLASS, TEST_PER_CLASS + size))
+        for part in (slice(data.test), slice(data.test, data.test + size))
     )
-    labels = torch.from_numpy(digits.target)
     return (images[train].to(device), labels[train].to(device)), (images[test].to(device), labels[test].to(device))
 
 
@@ -127,14 +151,14 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return model.eval()(images).argmax(-1)
 
 
-def train(run: Run, steps: int, device: torch.device) -> Result:
+def train(run: Run, data: Data, steps: int, device: torch.device) -> Result:
     """Trains one ViT and measures it ten times on the way."""
     torch.manual_seed(run.seed)
-    (images, labels), test = load(run.size, run.seed, device)
-    model = ViT().to(device)
+    (images, labels), test = load(data, run.size, run.seed, device)
+    model = ViT(data.patch, data.patches).to(device)
     groups = [{"params": list(model.parameters()), "max_lr": RATE}]
     if run.batchformer:  # made last, so that both arms begin with the same weights
-        formers = nn.ModuleList(insert_batchformer(model, AFTER))
+        formers = nn.ModuleList(insert_batchformer(model, data.after))
         groups.append({"params": list(formers.parameters()), "max_lr": RATE / 2})  # half, as in the paper's code
     optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.05)
     rates = [group["max_lr"] for group in groups]
@@ -154,9 +178,9 @@ def train(run: Run, steps: int, device: torch.device) -> Result:
     return Result(np.array(curve), model.eval(), test)
 
 
-def accuracy(run: Run, device: torch.device, steps: int) -> np.ndarray:
+def accuracy(run: Run, device: torch.device, data: Data, steps: int) -> np.ndarray:
     """During training, in percent."""
-    return train(run, steps, device).curve
+    return train(run, data, steps, device).curve
 
 
 def check_strip(model: nn.Module, images: Tensor) -> str:
@@ -201,29 +225,32 @@ def draw(path: Path, curves: dict[bool, np.ndarray], size: int, steps: int) -> P
 def main(argv: list[str] | None = None) -> dict[Run, np.ndarray]:
     """Runs the example; returns the accuracies of every run."""
     options = {
-        "--steps": {"type": int, "default": 400, "help": "of training, a multiple of ten"},
+        "--data": {"choices": tuple(DATA), "default": "digits", "help": "8 or 28 pixels a side"},
+        "--steps": {"type": int, "help": "of training, a multiple of ten"},
         "--sizes": {"type": int, "nargs": "+", "default": SIZES, "help": "training images of each class"},
     }
     args = arguments(__doc__, argv, seeds=5, options=options)
     device, seeds = args.device, range(args.seeds)
-    sizes, steps = (SIZES, 100) if args.quick else (args.sizes, args.steps)
-    introduce(fastbf.BatchFormer(CHANNELS, device=device), torch.empty(BATCH, 17, CHANNELS, device=device))
+    data = DATA[args.data]
+    sizes, steps = (SIZES, 100) if args.quick else (args.sizes, args.steps or data.steps)
+    tokens = torch.empty(BATCH, 1 + data.patches, CHANNELS, device=device)
+    introduce(fastbf.BatchFormer(CHANNELS, device=device), tokens)
     runs = [Run(*r) for r in itertools.product(sizes, (False, True), seeds)]
-    results = run_all(partial(accuracy, steps=steps), runs, device)
+    results = run_all(partial(accuracy, data=data, steps=steps), runs, device)
 
     def curves(size: int, arm: bool) -> np.ndarray:
         return np.stack([results[Run(size, arm, seed)] for seed in seeds])
 
-    print(f"\ntest accuracy in percent, means over {args.seeds} seeds\n")
+    print(f"\n{args.data}: test accuracy in percent, means over {args.seeds} seeds\n")
     rows = {str(size): (curves(size, False)[:, -1], curves(size, True)[:, -1]) for size in sizes}
     print("\n".join([*table("training images per class", rows), "", *FOOTNOTE, ""]))
 
     torch.set_num_threads(1)  # as in run_all: two threads of so small a net wait for each other
-    shown = train(Run(sizes[0], True, 0), steps, device)
+    shown = train(Run(sizes[0], True, 0), data, steps, device)
     print(check_strip(shown.model, shown.test[0]))
     print(check_timm(device))
     per_arm = {arm: curves(sizes[0], arm) for arm in (False, True)}
-    print(f"picture: {draw(args.out / 'vit_v2.png', per_arm, sizes[0], steps)}")
+    print(f"picture: {draw(args.out / f'vit_v2_{args.data}.png', per_arm, sizes[0], steps)}")
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fastbf.signatures import forget
 from fastbf.torch_state import traced_as_constant, transformed
+from fastbf.warned import warn
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -165,7 +165,7 @@ def give_up(choice: Choice, op: str, device: torch.device, error: Exception, *, 
 
 
 def _warned(reason: str) -> str:
-    warnings.warn(f"fastbf uses PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+    warn(f"fastbf uses PyTorch: {reason}")
     return reason
 
 
@@ -258,6 +258,7 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
     Raises:
         ValueError: an unknown function or backend, or "triton" where no kernel covers the call.
         TypeError: ``what`` is neither a name nor a module of fastbf.
+        TypeError, ValueError: features that do not fit the module, such as another width, as in its call.
 
     Examples:
         >>> print(fastbf.explain(fastbf.BatchFormer(32), torch.randn(6, 32)))
@@ -270,7 +271,8 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
                 f"what must be the name of a function or a module of fastbf, got {type(what).__name__}: give one of "
                 "fastbf's modules in it; convert makes some of layers of torch"
             )
-        if op == "encoder_layer" and hasattr(what, "mix") and not what.training:
+        is_former = hasattr(what, "mix")
+        if is_former and not what.training:
             return Choice("torch", "a BatchFormer in evaluation mode returns its input, and nothing runs.")
         parts: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
         reason = next(filter(None, (part.parent_reason() for part in parts)), None)
@@ -279,6 +281,9 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
             if reason is None and what is parts[0] and any(mask is not None for mask in tensors[1:]):
                 reason = "the call has an attention mask."
             tensors = tensors[:1]  # the others are masks or targets
+        if tensors and (reason is None or is_former):  # else torch's own forward checks, if anything does
+            module: Any = what
+            module._check(tensors[0])
         return choose(
             backend or str(what.backend),
             op,

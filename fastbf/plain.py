@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastbf.cuda_graphs import is_graphed
 from fastbf.modules import BatchFormerLayer, SharedClassifier
+from fastbf.warned import warn
 
 
 def make_plain(module: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def make_plain(module: nn.Module) -> nn.Module:
         else:
             _become(m, BatchFormerLayer(1, 1, device="meta"), nn.TransformerEncoderLayer(1, 1, device="meta"))
     if left:
-        warnings.warn(f"strip left modules that cannot be made plain: {'; '.join(left)}", UserWarning, stacklevel=3)
+        warn(f"strip left modules that cannot be made plain: {'; '.join(left)}", UserWarning)
     return module
 
 

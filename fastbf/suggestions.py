@@ -14,6 +14,7 @@ R = TypeVar("R")
 #: Names that libraries have for the same thing. A constructor has at most one name of a row, but for the last two.
 _SYNONYMS = (
     "dim d_model in_features embed_dim hidden_size hidden_dim channels in_channels in_dim feature_dim feat_dim",
+    "features input x feats inputs embeddings",
     "num_heads nhead n_heads n_head heads num_attention_heads",
     "dim_feedforward d_ff d_ffn ffn_dim ff_dim mlp_dim mlp_hidden_dim intermediate_size feedforward_dim",
     "dropout dropout_p dropout_rate drop drop_rate p hidden_dropout_prob attn_drop attention_dropout",
@@ -41,15 +42,22 @@ def suggesting(constructor: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                raise TypeError(_unexpected(constructor.__qualname__, name, known))
+                raise TypeError(unexpected(constructor.__qualname__, name, known))
         return constructor(*args, **kwargs)
 
     return checked
 
 
-def _unexpected(constructor: str, name: str, known: list[str]) -> str:
+def unexpected(function: str, name: str, known: list[str]) -> str:
+    """The message for a keyword that a function does not know.
+
+    Args:
+        function: its name.
+        name: the keyword.
+        known: those that it knows.
+    """
     rows = [row.split() for row in _SYNONYMS]
     meant = [other for row in rows if name.lower() in row for other in row if other in known]
     meant = meant or get_close_matches(name.lower(), known, n=1)
     advice = f"did you mean {meant[0]}=?" if meant else f"it takes {', '.join(known)}"
-    return f"{constructor}() got an unexpected keyword argument {name!r}: {advice}"
+    return f"{function}() got an unexpected keyword argument {name!r}: {advice}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbf.modules import BatchFormer, BatchFormerLayer
 from fastbf.plain import make_plain
+from fastbf.warned import warn
 
 
 class PassThrough(nn.Module):
@@ -30,7 +30,7 @@ def convert(module: nn.Module) -> int:
 
     The layers stay the same objects with the same Parameters, hooks and mode; only their class changes. So
     optimizers keep working, and so does every reference to a layer. Subclasses of the layer are left alone, and so are
-    encoder layers of other classes. If there are only such, a UserWarning names their classes.
+    encoder layers of other classes. Where nothing is found a UserWarning says so, and names the classes of such layers.
 
     Args:
         module: changed in place.
@@ -53,15 +53,18 @@ def convert(module: nn.Module) -> int:
         assert isinstance(layer, BatchFormerLayer)  # for type checkers
         layer.backend, layer.process_group = "auto", None
     if not layers and not any(type(m) is BatchFormerLayer for m in module.modules()):
-        _warn_of_others(module)
+        warn(_nothing_found(module), UserWarning)
     return len(layers)
 
 
-def _warn_of_others(module: nn.Module) -> None:
-    """Names the classes of encoder layers that ``convert`` does not know, if there are any."""
+def _nothing_found(module: nn.Module) -> str:
+    """What ``convert`` looked for in vain, and the encoder layers of classes that it does not know, if any."""
     counts = Counter(type(m) for m in module.modules() if _resembles_an_encoder_layer(m))
     if not counts:
-        return
+        return (
+            f"convert found no torch.nn.TransformerEncoderLayer in {type(module).__name__}, and nothing like one. A "
+            "network without such layers gets a fastbf.BatchFormer between its features and its classifier"
+        )
     found = []
     for cls, count in counts.items():
         inherits = issubclass(cls, nn.TransformerEncoderLayer)
@@ -69,11 +72,9 @@ def _warn_of_others(module: nn.Module) -> None:
             f"{count} {cls.__module__}.{cls.__qualname__}, "
             + ("which inherits from it and may do something else" if inherits else "which does not inherit from it")
         )
-    warnings.warn(
+    return (
         f"convert found no torch.nn.TransformerEncoderLayer. It left alone: {'; '.join(found)}. Where such a layer has "
-        "that class's parameters and forward, make fastbf.BatchFormerLayer instead",
-        UserWarning,
-        stacklevel=3,
+        "that class's parameters and forward, make fastbf.BatchFormerLayer instead"
     )
 
 

@@ -38,6 +38,23 @@ def test_modules_are_explained(module):
     assert "asked for" in fastbf.explain(module, torch.randn(2, 8), backend="torch").reason
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (fastbf.BatchFormer(8), "features must have 8 channels along channel_dim=-1"),
+        (fastbf.BatchFormer(8, activation=torch.tanh), "features must have 8 channels along channel_dim=-1"),
+        (fastbf.BatchFormerLayer(8, 4), "src must have 8 channels in its last dimension, got 7"),
+        (fastbf.SharedClassifier(8, 3), "features must have 8 channels in the last dimension"),
+    ],
+)
+def test_what_does_not_fit_a_module_is_not_explained(module, message):
+    x = torch.randn(2, 7)
+    for ask in (module, lambda x: fastbf.explain(module, x), lambda x: fastbf.explain(module, x, backend="torch")):
+        with pytest.raises(ValueError, match=message):
+            ask(x)
+    fastbf.explain(module, torch.randn(2, 8))
+
+
 def test_a_layer_outside_the_fused_path_says_so():
     layer = fastbf.BatchFormerLayer(8, 4, activation=torch.tanh)
     assert "activation" in fastbf.explain(layer, torch.randn(2, 8)).reason

@@ -74,6 +74,17 @@ CASES = [
     (lambda: former()(Y), TypeError, "features must have a floating-point dtype, got torch.int64"),
     (lambda: former()(X[0]), ValueError, "features must be .* at least 2 dimensions"),
     (lambda: former()(X[:, :4]), ValueError, "features must have 8 channels along channel_dim=-1"),
+    (
+        lambda: former()(torch.randn(6, 8, 4, 4)),
+        ValueError,
+        r"channels along channel_dim=-1, got shape \(6, 8, 4, 4\), which fits channel_dim=1$",
+    ),
+    (lambda: former()(X[:, :4]), ValueError, r"got shape \(6, 4\)$"),
+    (
+        lambda: fastbf.BatchFormer(8)(X, targets=Y),
+        TypeError,
+        r"by position, got targets=: write former\(features, target",
+    ),
     (lambda: former(batch_dim=2)(X), ValueError, r"batch_dim must lie in \[-2, 1\] for 2-D features, got 2"),
     (lambda: former(channel_dim=-3)(X), ValueError, "channel_dim must lie in"),
     (lambda: former(batch_dim=-1, channel_dim=1)(X), ValueError, "must differ, got -1 and 1"),
@@ -425,6 +436,20 @@ def test_a_call_of_the_classifier_with_targets_suggests_the_loss(training):
     classifier = fastbf.SharedClassifier(8, 3).train(training)
     with pytest.raises(TypeError, match=r"features alone, got 2 arguments: .* is classifier\.loss\(features, target\)"):
         classifier(X, Y)
+    for name in ("target", "labels"):
+        with pytest.raises(
+            TypeError, match=rf"features alone, got {name}=: .* is classifier\.loss\(features, target\)"
+        ):
+            classifier(X, **{name: Y})
+    with pytest.raises(TypeError, match=r"got 2 arguments: .* is classifier\.loss"):
+        classifier(X, Y, reduction="sum")
+
+
+@pytest.mark.parametrize(("given", "advice"), [("x", "did you mean features="), ("xyz", "it takes features, input")])
+def test_a_call_of_the_classifier_with_an_unknown_keyword(given, advice):
+    message = rf"SharedClassifier\.forward\(\) got an unexpected keyword argument '{given}': {advice}"
+    with pytest.raises(TypeError, match=message):
+        fastbf.SharedClassifier(8, 3)(**{given: X})
 
 
 def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():

@@ -37,6 +37,7 @@ FLOORS = (
         "fastbf.suggestions",
         "fastbf.torch_state",
         "fastbf.version",
+        "fastbf.warned",
     ),
 )
 BACKENDS = ("fastbf.torch_backend", "fastbf.triton_backend")

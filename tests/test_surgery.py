@@ -141,10 +141,15 @@ def test_convert_is_silent_beside_layers_that_it_knows(others, count):
     assert fastbf.convert(nn.Sequential(Block(), OwnLayer(16, 4), *[other() for other in others])) == count
 
 
-@pytest.mark.filterwarnings("error")
-def test_convert_is_silent_where_nothing_resembles_a_layer():
+def test_convert_says_what_it_looks_for_where_nothing_resembles_it():
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4), 1)
-    assert fastbf.convert(nn.Sequential(nn.Conv2d(1, 1, 1), decoder, nn.MultiheadAttention(16, 4), nn.LSTM(1, 1))) == 0
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), decoder, nn.MultiheadAttention(16, 4), nn.LSTM(1, 1))
+    message = (
+        r"no torch\.nn\.TransformerEncoderLayer in Sequential, and nothing like one\. .* gets a fastbf\.BatchFormer"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert fastbf.convert(net) == 0
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("function", [fastbf.convert, fastbf.strip])

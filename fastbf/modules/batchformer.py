@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
@@ -15,6 +14,7 @@ from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
 from fastbf.torch_state import as_leaf, has_own, is_replica, parts
+from fastbf.warned import warn
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -162,7 +162,7 @@ class BatchFormer(nn.Module):
         for layer in self.layers:
             layer.process_group = process_group
 
-    def forward(self, features: Tensor, *targets: Any) -> Any:
+    def forward(self, features: Tensor, *targets: Any, **keywords: Any) -> Any:
         """Forks the features in training; returns its arguments in evaluation.
 
         Args:
@@ -183,7 +183,7 @@ class BatchFormer(nn.Module):
                 made of a fork is not recognised.
 
         Raises:
-            TypeError: features that are not a floating-point tensor, targets of another type.
+            TypeError: features that are not a floating-point tensor, targets of another type, or by keyword.
             ValueError: wrong rank, width or device, dimensions out of range or equal, targets of the wrong length,
                 an odd batch where it should be forked.
 
@@ -195,9 +195,14 @@ class BatchFormer(nn.Module):
         """
         if not isinstance(features, Tensor) and (leaf := as_leaf(self, _FORWARD, features, *targets)) is not None:
             return leaf
+        if keywords:
+            raise TypeError(
+                f"a call of BatchFormer takes features and targets by position, got {next(iter(keywords))}=: write "
+                "former(features, target)"
+            )
         if not self.training:
             return (features, *targets) if targets else features
-        dims = batch_dim, _ = self._dims(features)
+        dims = batch_dim, _ = self._check(features)
         n = features.shape[batch_dim]
         if not self.forked:
             if hasattr(features, "is_fork") or any(map(_is_fork, targets)):
@@ -274,7 +279,7 @@ class BatchFormer(nn.Module):
         """
         if not isinstance(features, Tensor) and (leaf := as_leaf(self, _MIX, features)) is not None:
             return leaf
-        return layout.formatted(self._mix(features, self._dims(features)), features)
+        return layout.formatted(self._mix(features, self._check(features)), features)
 
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
@@ -290,7 +295,7 @@ class BatchFormer(nn.Module):
             >>> fastbf.BatchFormer(32).attention_map(torch.randn(6, 32)).shape
             torch.Size([4, 6, 6])
         """
-        x = _samples_first(features, self._dims(features))
+        x = _samples_first(features, self._check(features))
         positions = x.shape[1:-1]
         with _evaluating(self.layers):
             x = self._run(_flat(x), self.layers[:-1])
@@ -302,7 +307,7 @@ class BatchFormer(nn.Module):
         parts = f"{self.dim}, batch_dim={self.batch_dim}, channel_dim={self.channel_dim}, forked={self.forked}"
         return parts + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
-    def _dims(self, features: Tensor) -> tuple[int, int]:
+    def _check(self, features: Tensor) -> tuple[int, int]:
         """Checks the features and returns their batch and channel dimension, counted from the front."""
         checks.dense("features", checks.floating("features", features))
         rank = features.dim()
@@ -318,9 +323,10 @@ class BatchFormer(nn.Module):
                 f"dimension of {rank}-D features"
             )
         if features.shape[dims[1]] != self.dim:
+            fits = [dim for dim, size in enumerate(features.shape) if size == self.dim and dim != dims[0]]
             raise ValueError(
                 f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
-                f"{tuple(features.shape)}"
+                f"{tuple(features.shape)}" + (f", which fits channel_dim={fits[0]}" if fits else "")
             )
         return dims
 
@@ -379,7 +385,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warn(message)
 
 
 _FORWARD, _MIX = BatchFormer.forward, BatchFormer.mix

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import uuid
-import warnings
 from array import array
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbf.torch_state import has_values, is_fake, traced_as_constant, transformed, version
+from fastbf.warned import warn
 
 
 class ClassValues:
@@ -126,11 +126,7 @@ class LogCounts(ClassValues):
         found = target[torch.isin(target, torch.tensor(self.empty, device=target.device)) & (target != ignore_index)]
         if len(found):
             self.warned = True
-            warnings.warn(
-                f"class_counts is 0 for class {found[0].item()}, which occurs in target: the loss is infinite",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn(f"class_counts is 0 for class {found[0].item()}, which occurs in target: the loss is infinite")
 
 
 def _short(values: array[float] | Tensor) -> str:

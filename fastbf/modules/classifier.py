@@ -12,7 +12,7 @@ from fastbf import checks, functional, reference
 from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
-from fastbf.suggestions import suggesting
+from fastbf.suggestions import suggesting, unexpected
 from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
 
 
@@ -172,12 +172,13 @@ class SharedClassifier(nn.Linear):
         return values.on(x, torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
 
     def forward(  # type: ignore[override]  # nn.Linear's takes no name but ``input``
-        self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None
+        self, features: Tensor | None = None, *targets: Any, input: Tensor | None = None, **keywords: Any
     ) -> Tensor:
         """Logits scale · (features · weightᵀ + bias), without class counts. (…, C) → (…, K).
 
         Raises:
-            TypeError, ValueError: features that do not fit; TypeError for targets, which :meth:`loss` takes.
+            TypeError, ValueError: features that do not fit; TypeError for other keywords, and for targets, which
+                :meth:`loss` takes.
 
         Examples:
             >>> fastbf.SharedClassifier(32, 3)(torch.randn(6, 32)).shape
@@ -187,11 +188,8 @@ class SharedClassifier(nn.Linear):
         if isinstance(traced, torch.fx.Proxy):  # of a model, or of this module, whose arguments are all proxies then
             leaf = as_leaf(self, _FORWARD, traced)
             return reference.class_logits(super().forward(traced), self.scale, None) if leaf is None else leaf
-        if targets:
-            raise TypeError(
-                f"a call of SharedClassifier takes features alone, got {1 + len(targets)} arguments: the loss of "
-                "features and targets is classifier.loss(features, target)"
-            )
+        if targets or keywords:
+            raise TypeError(self._advice(targets, keywords))
         x = self._check(checks.either("features", features, "input", input))
         return reference.class_logits(super().forward(x), self.scale, None)
 
@@ -301,6 +299,18 @@ class SharedClassifier(nn.Linear):
             stats=stats,
         )
 
+    @staticmethod
+    def _advice(targets: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+        """What to write instead of a call with more than features."""
+        named = [name for name in keywords if name in _TARGETS]
+        if keywords and not named and not targets:
+            return unexpected("SharedClassifier.forward", next(iter(keywords)), ["features", "input"])
+        given = f"{named[0]}=" if named else f"{1 + len(targets)} arguments"
+        return (
+            f"a call of SharedClassifier takes features alone, got {given}: the loss of features and targets is "
+            "classifier.loss(features, target)"
+        )
+
     def _check(self, x: object) -> Tensor:
         features, weight = checks.dense("features", checks.floating("features", x)), self.weight
         if not features.dim() or features.shape[-1] != self.in_features:
@@ -325,6 +335,9 @@ class SharedClassifier(nn.Linear):
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
+
+#: Names that a target has in calls of other libraries.
+_TARGETS = ("target", "targets", "label", "labels", "y")
 
 _FORWARD, _LOSS = SharedClassifier.forward, SharedClassifier.loss
 _LOG_PRIOR, _CLASS_WEIGHT = SharedClassifier.log_prior, SharedClassifier.class_weight

@@ -204,7 +204,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
     def _weights_or_reason(self, src: Tensor | None = None) -> reference.LayerWeights | str:
         """The weights for the fused layer, or why the parent runs, as :meth:`parent_reason`."""
         inside = parts(self, BatchFormerLayer, _PARTS)
-        attention, _, _, norm1, norm2, dropout, dropout1, dropout2 = inside
+        attention, _, linear2, norm1, norm2, dropout, dropout1, dropout2 = inside
         activation = self.activation
         if src is not None and src.is_nested:
             return "the input is a nested tensor."
@@ -219,6 +219,8 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         out_proj = parts(attention, nn.MultiheadAttention, ("out_proj",))
         if is_altered(*inside, *out_proj, *([activation] if isinstance(activation, nn.Module) else [])):
             return "a module inside the layer has hooks, or a forward of its own."
+        if not linear2.out_features == out_proj[0].out_features == attention.embed_dim:
+            return "a module inside the layer has another width than the layer."
         weights = self._weights()
         if attention.bias_k is not None or attention.add_zero_attn or weights.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."

@@ -44,7 +44,7 @@ def test_quick_run(tmp_path):
         assert float(row[arm]) > 20  # chance is 10
     assert any("the same 500 test predictions" in line for line in lines)
     assert any(line.startswith("timm") for line in lines)
-    assert (tmp_path / "vit_v2.png").stat().st_size > 10_000
+    assert (tmp_path / "vit_v2_digits.png").stat().st_size > 10_000
 
 
 def test_the_first_insertion_forks_and_the_second_does_not(example, images):
@@ -117,11 +117,18 @@ def test_wrong_blocks_are_refused(example, after):
         example.insert_batchformer(StandIn(), after)
 
 
-def test_training_and_test_images_are_apart(example):
-    (train, train_labels), (test, test_labels) = example.load(40, 0, torch.device("cpu"))
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_data(example, name):
+    """Training and test images are apart, and a model's patches cover an image."""
+    data = example.DATA[name]
+    (train, train_labels), (test, test_labels) = example.load(data, 40, 0, torch.device("cpu"))
     assert (train_labels.bincount() == 40).all()
-    assert (test_labels.bincount() == example.TEST_PER_CLASS).all()
+    assert (test_labels.bincount() == data.test).all()
     assert torch.cdist(train.flatten(1), test.flatten(1)).min() > 0
+    model = example.ViT(data.patch, data.patches)
+    example.insert_batchformer(model, data.after)
+    assert model(train[:3]).shape == (6, example.CLASSES)
+    assert data.patches * data.patch**2 == train[0].numel()
 
 
 def test_timm(example):

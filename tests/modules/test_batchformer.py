@@ -1,7 +1,10 @@
 """BatchFormer: layouts, forks, targets, depth, dropout."""
 
+import inspect
+
 import pytest
 import torch
+from torch import nn
 
 import fastbf
 
@@ -189,6 +192,18 @@ def test_a_fork_of_a_fork_warns_once(between):
     with pytest.warns(RuntimeWarning, match="forked again") as warned:
         _ = [second(between(x), y) for _ in range(2)]
     assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("_warnings_anew")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_warning_points_at_the_line_of_the_call(compiled):
+    net = nn.Sequential(nn.Identity(), fastbf.BatchFormer(32))
+    net = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+    x = torch.randn(1, 2, 32)
+    with pytest.warns(RuntimeWarning, match="one sample along batch_dim=0") as warned:
+        net(x)
+    line = inspect.currentframe().f_lineno - 1
+    assert [(w.filename, w.lineno) for w in warned] == [(__file__, line)]
 
 
 @pytest.mark.usefixtures("_warnings_anew")

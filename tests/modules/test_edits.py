@@ -1,5 +1,6 @@
 """Layers that were edited give what PyTorch's layer gives after the same edits: drawn at random, on every road."""
 
+import copy
 import random
 from unittest import mock
 
@@ -88,6 +89,11 @@ def replace_by_the_same(layer, draw):
     layer.linear2 = nn.Linear(3 * C, C, bias=draw.random() < 0.5, device=DEVICE)
 
 
+def replace_by_one_channel(layer, draw):
+    """Which torch adds to the others by broadcasting."""
+    layer.linear2 = nn.Linear(layer.linear1.out_features, 1, device=DEVICE)
+
+
 def change_the_activation(layer, draw):
     layer.activation = draw.choice([F.gelu, F.relu, torch.tanh, nn.GELU("tanh"), nn.GELU(), nn.ReLU(), nn.SiLU()])
 
@@ -163,9 +169,9 @@ def new_values(layer, draw):
 
 EDITS = (
     hook, pre_hook, backward_hook, hook_on_the_layer, patch, patch_the_layer, attention_block, feed_forward_block,
-    subclass, parametrize, weight_norm, prune, replace, replace_by_the_same, change_the_activation, freeze, share,
-    cast_a_norm, cast, change_a_rate, change_all_rates, change_a_mode, change_eps, turn_norm_first, change_heads,
-    no_weight, no_affine, wider_norm, no_bias, extra_keys, new_values,
+    subclass, parametrize, weight_norm, prune, replace, replace_by_the_same, replace_by_one_channel,
+    change_the_activation, freeze, share, cast_a_norm, cast, change_a_rate, change_all_rates, change_a_mode,
+    change_eps, turn_norm_first, change_heads, no_weight, no_affine, wider_norm, no_bias, extra_keys, new_values,
 )  # fmt: skip
 
 
@@ -257,3 +263,15 @@ def test_as_pytorchs_layer_with_the_same_edits(backend, training, seed):
     draw, done = random.Random(f"{backend} {training} {seed}"), 0
     while done < (28 if backend == "torch" else 4):  # kernels take the interpreter long
         done += drawn(draw, backend, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("part", ["linear2", "out_proj"])
+def test_a_part_of_one_channel_is_broadcast_as_in_pytorch(part, training):
+    theirs = nn.TransformerEncoderLayer(C, 2, C, 0.0, device=DEVICE).train(training)
+    setattr(theirs if part == "linear2" else theirs.self_attn, part, nn.Linear(C, 1, device=DEVICE))
+    ours = copy.deepcopy(theirs)
+    assert fastbf.convert(ours) == 1
+    assert "another width" in ours.parent_reason()
+    x = torch.randn(N, L, C, device=DEVICE)
+    assert_same(results(ours, ours, x), results(theirs, theirs, x))
