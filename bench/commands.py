@@ -14,7 +14,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from bench import host, limits, listing, publishing, report, tune
+from bench import counted, host, limits, listing, publishing, report, tiles, tune
 from bench.ops import DTYPES, MODES, OPS, Problem, default_dtype
 from bench.patterns import SMALL
 from bench.providers import PROVIDERS
@@ -166,6 +166,24 @@ def _tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tiles(arguments: argparse.Namespace) -> int:
+    architectures = sorted(set(arguments.sm) & set(counted.RATES)) if arguments.counted else arguments.sm
+    entries = tiles.entries(arguments.kernel, architectures, arguments.head_dim, arguments.bytes, arguments.n)
+    if not entries:
+        print("no entries of these kernels, architectures, head dimensions and bytes", file=sys.stderr)
+        return 2
+    if not arguments.counted:
+        tiles.show(entries)
+    elif not (arguments.emulator / "ptx").is_dir():
+        print(f"No emulator in {arguments.emulator}: nothing is counted.")
+    elif triton.knobs.runtime.interpret:
+        print("unset TRITON_INTERPRET: the interpreter takes the place of what is counted", file=sys.stderr)
+        return 2
+    else:
+        counted.show(entries, arguments.emulator.resolve())
+    return 0
+
+
 def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -224,6 +242,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seconds", type=float, default=2.0, help="for each measurement; default: 2")
     sub = command("limits", "on paper: FLOPs, bytes and launches of a step, and the time an H100 allows", _limits)
     sub.add_argument("--workloads", nargs="+", choices=BY_NAME, metavar="NAME", help="default: all; see list")
+    sub = command("tiles", "attention's table of tiles; on paper: what each entry executes and moves", _tiles)
+    sub.add_argument("--counted", action="store_true", help="count what an emulator of sm 80 and 90 executes; no GPU")
+    sub.add_argument("--emulator", type=Path, default=ROOT.parent / "shared", help="the folder with the package ptx")
+    kernels, architectures, itemsizes = (sorted({key[i] for key in tiles.TABLE}) for i in (0, 2, 1))
+    sub.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, help="default: all")
+    sub.add_argument("--sm", nargs="+", type=int, choices=architectures, default=architectures, help="default: all")
+    sub.add_argument("--head-dim", nargs="+", type=int, default=[], help="as in the table; default: all")
+    sub.add_argument("--bytes", nargs="+", type=int, choices=itemsizes, default=[2], help="an element; default: 2")
+    sub.add_argument("--n", type=int, default=256, help="queries and keys of what streams; default: 256")
     sub = command("report", "the tables of README and docs, and the pictures, from CSV files", _report)
     sub.add_argument("--csv", type=Path, nargs="+", help="default: all in bench/results")
     sub.add_argument(

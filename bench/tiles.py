@@ -1,10 +1,10 @@
-"""Candidates for attention's table of tiles: a grid, pruned by what a device allows, the likely ones first."""
+"""Attention's table of tiles, and candidates for it: a grid, pruned by what a device allows, the likely ones first."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bench.workloads import HEADS
@@ -49,6 +49,36 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kernel}, {self.itemsize} bytes, {self.shape}"
+
+
+def text(config: Config) -> str:
+    """As in the table."""
+    return f"Config({', '.join(map(str, config if config.reload else config[:5]))})"
+
+
+def entries(
+    kernels: Sequence[str], architectures: Sequence[int], head_dims: Sequence[int], itemsizes: Sequence[int], n: int
+) -> list[tuple[Case, Config]]:
+    """The table's, at N = n, or at N = 2 where a kernel is packed; of every head dimension if none is named."""
+    every = [
+        (Case(kernel, head_dim, itemsize, here, 2 if kernel.endswith("packed") else n, 1), config)
+        for (kernel, itemsize, here), by_head_dim in TABLE.items()
+        for head_dim, configs in by_head_dim.items()
+        for config in configs
+    ]
+    return [
+        (case, config)
+        for case, config in every
+        if case.kernel in kernels and case.architecture in architectures and case.itemsize in itemsizes
+        if not head_dims or case.head_dim in head_dims
+    ]
+
+
+def show(table: Sequence[tuple[Case, Config]]) -> None:
+    """Prints entries."""
+    print(f"{'kernel':<19}{'bytes':>5}{'sm':>5}{'D':>5}  tile")
+    for case, config in table:
+        print(f"{case.kernel:<19}{case.itemsize:>5}{case.architecture:>5}{case.head_dim:>5}  {text(config)}")
 
 
 def cases(limits: Limits) -> list[Case]:

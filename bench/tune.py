@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.records import Environment, environment, output
-from bench.tiles import Case, candidates, cases
+from bench.tiles import Case, candidates, cases, text
 from bench.timing import times
 from bench.workloads import HEADS
 from fastbf.kernels import attention, launch
@@ -202,13 +202,8 @@ def proposal(present: Result, best: Result) -> str:
     if 1 - best.milliseconds / present.milliseconds <= GAIN:
         return ""
     key = f'("{best.kernel}", {best.itemsize}, {best.architecture})'
-    now = f"now {_text(present.config)} {present.milliseconds:.4g} ms"
-    return f"{key} {Case(*best[:6]).shape}: {_text(best.config)}  # {best.milliseconds:.4g} ms, {now}"
-
-
-def _text(config: Config) -> str:
-    """As in the table."""
-    return f"Config({', '.join(map(str, config if config.reload else config[:5]))})"
+    now = f"now {text(present.config)} {present.milliseconds:.4g} ms"
+    return f"{key} {Case(*best[:6]).shape}: {text(best.config)}  # {best.milliseconds:.4g} ms, {now}"
 
 
 def show(results: Iterable[Result], path: Path) -> None:
@@ -219,7 +214,7 @@ def show(results: Iterable[Result], path: Path) -> None:
             for r in results:
                 seen.append(r)
                 shown = "" if r.milliseconds is None else f"{r.milliseconds:.5g}"
-                put([*where, *r._replace(config=_text(r.config), milliseconds=shown)])
+                put([*where, *r._replace(config=text(r.config), milliseconds=shown)])
     finally:  # a sweep that is cut short has found something too
         _summarise(seen)
     print(f"\nwritten to {path}")
@@ -229,7 +224,7 @@ def _summarise(seen: list[Result]) -> None:
     pairs = compared(seen)
     for present, best in pairs:
         gain = 1 - best.milliseconds / present.milliseconds
-        print(f"\n{Case(*present[:6])}\n  now  {_text(present.config):<36} {present.milliseconds:.4g} ms")
-        print(f"  best {_text(best.config):<36} {best.milliseconds:.4g} ms, {gain:.1%} less")
+        print(f"\n{Case(*present[:6])}\n  now  {text(present.config):<36} {present.milliseconds:.4g} ms")
+        print(f"  best {text(best.config):<36} {best.milliseconds:.4g} ms, {gain:.1%} less")
     lines = [line for line in itertools.starmap(proposal, pairs) if line]
     print(f"\nsave more than {GAIN:.0%}:" if lines else f"\nnothing saves more than {GAIN:.0%}", *lines, sep="\n")
