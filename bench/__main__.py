@@ -1,4 +1,4 @@
-"""``python -m bench``: runs a command whatever characters standard output can hold, and ends quietly at Ctrl-C."""
+"""``python -m bench``: runs a command whatever standard output can hold; Ctrl-C or no reader ends it quietly."""
 
 import io
 import os
@@ -18,9 +18,14 @@ def main() -> int:
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        return commands.main()
+        status = commands.main()
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:  # ``records.output`` has said where rows lie
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough, as ``head`` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes the rest when it ends
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``python -m bench`` as a user starts it."""
 
+import os
 import subprocess
 import sys
 
@@ -74,6 +75,12 @@ class TestEntry:
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
+
+    @pytest.mark.skipif(os.name != "posix", reason="a closed pipe is no signal here")
+    def test_whoever_reads_may_stop(self):
+        command = f'{sys.executable} -m bench list | (read -r line; echo "$line")'
+        result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (result.stderr, len(result.stdout.splitlines())) == ("", 1)
 
     def test_examples_too(self):
         result = in_ascii("examples/compositional_zero_shot.py", "--help")
