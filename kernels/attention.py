@@ -46,7 +46,7 @@ _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "n
 @triton.jit
 def _stride(stride):
     """The stride in 64 bits. The compiler knows that it is a multiple of 8, so that it loads 16 bytes at once."""
-    return stride.to(tl.int64) // 8 * 8
+    return (stride.to(tl.uint64) // 8 * 8).to(tl.int64)  # unsigned, which takes one instruction
 
 
 @triton.jit
@@ -375,7 +375,7 @@ def _packed_softmax(s, same, m_rows, scale_log2):
     """Softmax [BM, BN] of raw scores within slots; zeros between them, and in rows that hold no query."""
     s = tl.where(same, s * scale_log2, float("-inf"))
     p = tl.exp2(s - tl.where(m_rows, tl.max(s, 1), 0.0)[:, None])
-    total = tl.where(m_rows, tl.sum(tl.where(same, p, 0.0), 1), 1.0)
+    total = tl.where(m_rows, tl.sum(p, 1), 1.0)  # p is 0 between slots, or NaN within too
     return tl.where(same, p * (1.0 / total)[:, None], 0.0)
 
 
@@ -398,7 +398,7 @@ def forward_packed(
     q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
     k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
     q_position += first_group // H
-    same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
+    same = q_slot[:, None] == k_slot[None, :]  # a slot exists in rows and keys, or in neither
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
     b_k = p_k + _base(k_position, k_head, s_kl, s_kh)[:, None] + _rows(k_row, s_kn, BD)
@@ -444,7 +444,7 @@ def backward_packed(
     q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
     k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
     q_position += first_group // H
-    same = (q_slot[:, None] == k_slot[None, :]) & m_rows[:, None] & m_keys[None, :]
+    same = q_slot[:, None] == k_slot[None, :]  # a slot exists in rows and keys, or in neither
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
     b_k = p_k + _base(k_position, k_head, s_kl, s_kh)[:, None] + _rows(k_row, s_kn, BD)
