@@ -8,7 +8,7 @@ compiled ahead of time by ``make aot``, which refuses spilled registers, more sh
 unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
 more and two stages or more (docs/triton-wgmma.md).
 
-Chosen by counts, not timed on a GPU (`python -m bench tiles --counted`): backward_packed in 16 bits, of 80 and 90 for 64
+Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``): backward_packed in 16 bits, of 80 and 90 for 64
 channels and of 80 for 512.
 """
 
@@ -179,7 +179,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("backward_packed", 2, 80): {
         32: (Config(64, 64, 32, 4, 1),),
         64: (Config(32, 32, 64, 2, 1),),
-        512: (Config(32, 32, 64, 2, 1),),
+        512: (Config(32, 32, 32, 2, 1),),
     },
     ("backward_packed", 2, 90): {
         32: (Config(64, 64, 32, 4, 1),),
@@ -198,7 +198,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 32, 16, 8, 1),),
     },
     ("backward_packed", 4, 100): {
-        512: (Config(32, 32, 16, 8, 1),),
+        512: (Config(32, 32, 32, 8, 1),),
     },
 }
 
