@@ -8,8 +8,8 @@ compiled ahead of time by ``make aot``, which refuses spilled registers, more sh
 unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
 more and two stages or more (docs/triton-wgmma.md).
 
-Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``): backward_packed in 16 bits, of 80 and 90 for 64
-channels and of 80 for 512.
+Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``): backward_packed in 16 bits, of 80 and 90 for
+64 channels and of 80 for 512.
 """
 
 from __future__ import annotations
