@@ -46,7 +46,7 @@ _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "n
 @triton.jit
 def _stride(stride):
     """The stride in 64 bits. The compiler knows that it is a multiple of 8, so that it loads 16 bytes at once."""
-    return (stride.to(tl.uint64) // 8 * 8).to(tl.int64)  # unsigned, which takes one instruction
+    return stride.to(tl.int64) // 8 * 8
 
 
 @triton.jit

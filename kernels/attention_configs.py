@@ -198,7 +198,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 32, 16, 8, 1),),
     },
     ("backward_packed", 4, 100): {
-        512: (Config(32, 32, 32, 8, 1),),
+        512: (Config(32, 32, 16, 8, 1),),
     },
 }
 

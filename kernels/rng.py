@@ -106,8 +106,7 @@ def keep_each(seed, groups, rows, columns, threshold, KEEP: tl.constexpr):
         w0, w1, w2, w3 = _words(seed, ATTENTION, groups[:, None], rows[:, None], quarter)  # [BM, 4]
         two = _two(w0, drop) | _two(w1, drop) << 8 | _two(w2, drop) << 16 | _two(w3, drop) << 24
         word = tl.sum(two << (2 * quarter).to(tl.uint32), 1)
-    bits = tl.full(columns.shape, 1, tl.uint32) << columns.to(tl.uint32)
-    return (word[:, None] & bits[None, :]) != 0
+    return ((word[:, None] >> columns[None, :].to(tl.uint32)) & 1) != 0
 
 
 @triton.jit
