@@ -136,7 +136,7 @@ def builders(clock, monkeypatch):
 
 @pytest.fixture
 def fakes(builders, monkeypatch):
-    """A kernel that computes otherwise with 2 warps and does not build with one stage; 4 warps take 1 ms, any other number 2."""
+    """A kernel that differs with 2 warps and does not build with one stage; 4 warps take 1 ms, any other number 2."""
 
     def problem(case, device):
         out = torch.zeros(8, dtype=torch.bfloat16)
