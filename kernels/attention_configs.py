@@ -8,8 +8,9 @@ compiled ahead of time by ``make aot``, which refuses spilled registers, more sh
 unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
 more and two stages or more (docs/triton-wgmma.md).
 
-Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``): backward_packed in 16 bits, of 80 and 90 for
-64 channels and of 80 for 512.
+Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: backward_packed of 80 and 90 for
+64 channels and of 80 for 512; backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value of
+80, and of 90 for 512.
 """
 
 from __future__ import annotations
@@ -74,17 +75,17 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_query", 2, 80): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 8, 2), Config(16, 128, 64, 4, 2)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 2), Config(16, 128, 64, 4, 2)),
         128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
-        256: (Config(32, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
-        512: (Config(32, 16, 256, 8, 2), Config(16, 32, 256, 8, 2)),
+        256: (Config(32, 32, 128, 4, 2), Config(16, 64, 128, 8, 2)),
+        512: (Config(16, 32, 128, 4, 2),),
     },
     ("backward_query", 2, 90): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(64, 64, 128, 8, 2), Config(16, 64, 128, 8, 2)),
-        512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
+        256: (Config(64, 32, 64, 4, 2), Config(16, 64, 128, 8, 2)),
+        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 128, 8, 2)),
     },
     ("backward_query", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
@@ -112,11 +113,11 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 16, 256, 16, 2),),
     },
     ("backward_key_value", 2, 80): {
-        32: (Config(128, 64, 32, 8, 3), Config(64, 16, 32, 4, 3)),
-        64: (Config(64, 32, 64, 4, 3), Config(64, 16, 64, 4, 3)),
-        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 2)),
-        256: (Config(32, 32, 128, 8, 2), Config(16, 16, 256, 8, 2)),
-        512: (Config(16, 16, 256, 8, 2),),
+        32: (Config(64, 64, 32, 4, 3), Config(64, 16, 32, 2, 3)),
+        64: (Config(64, 32, 64, 4, 3), Config(64, 16, 64, 2, 3)),
+        128: (Config(32, 64, 128, 8, 3), Config(32, 16, 128, 2, 2)),
+        256: (Config(16, 64, 128, 8, 2), Config(32, 16, 128, 4, 2)),
+        512: (Config(16, 16, 128, 4, 2),),
     },
     # For 65 to 256 channels the first tiles have the least counted cost of those that are safe and spill nothing.
     ("backward_key_value", 2, 90): {
@@ -125,7 +126,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         96: (Config(128, 64, 32, 8, 2), Config(128, 16, 128, 8, 3)),
         128: (Config(128, 64, 32, 8, 1), Config(128, 16, 128, 8, 3)),
         256: (Config(32, 64, 32, 8, 1), Config(128, 16, 128, 8, 2)),
-        512: (Config(16, 32, 256, 8, 2), Config(32, 16, 256, 8, 2)),
+        512: (Config(16, 32, 256, 8, 2), Config(16, 16, 128, 4, 2)),
     },
     ("backward_key_value", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
