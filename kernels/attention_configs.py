@@ -9,8 +9,8 @@ unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer t
 more and two stages or more (docs/triton-wgmma.md).
 
 Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: backward_packed of 80 and 90 for
-64 channels and of 80 for 512; backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value of
-80, and of 90 for 512.
+64 channels and of 80 for 512; backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value
+of 80, and of 90 for 512.
 """
 
 from __future__ import annotations
