@@ -118,7 +118,8 @@ class ahead:
     """Within the context, which is entered once, the first launch without a kernel calls ``build(*args)`` before."""
 
     def __init__(self, build: Callable[..., None], *args: Any) -> None:
-        self.build, self.args = build, args
+        self.build: Callable[..., None] = build
+        self.args: tuple[Any, ...] = args
 
     def __enter__(self) -> None:
         _observers.ahead = self
