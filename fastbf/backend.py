@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbf.signatures import forget
+from fastbf import repeats, signatures
 from fastbf.torch_state import traced_as_constant, transformed
 from fastbf.warned import warn
 
@@ -139,7 +139,8 @@ _failed: dict[tuple[str, torch.device], str] = {}
 def unbuilt(op: str, device: torch.device, error: Exception) -> str:
     """Makes "auto" take PyTorch for ``op`` on a device whose kernel could not be built; returns the reason."""
     reason = _failed[op, device] = f"a Triton kernel of {op} could not be built, {error}."
-    forget()
+    signatures.forget()
+    repeats.forget()
     return reason
 
 

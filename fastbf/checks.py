@@ -193,7 +193,7 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
 
 def index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Checks class indices where that waits for nothing: on CPU."""
-    if target.device.type == "cpu" and not target.is_floating_point() and has_values(target):
+    if target.is_cpu and not target.is_floating_point() and has_values(target):
         class_indices(target, num_classes, ignore_index)
 
 

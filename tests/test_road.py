@@ -45,11 +45,11 @@ def test_nine_functions_in_seven_files():
 def test_one_decision_a_call(monkeypatch):
     """Of the backend, and of whether the fused layer covers the call."""
     calls = []
-    choose, reason = fastbf.functional.choose, fastbf.BatchFormerLayer._weights_or_reason
+    choose, reason = fastbf.functional.choose, fastbf.BatchFormerLayer._fused_or_reason
     for place in ("fastbf.functional.choose", "fastbf.modules.layer.choose"):
         monkeypatch.setattr(place, lambda *args, **kwargs: calls.append("choose") or choose(*args, **kwargs))
     counted = lambda *args: calls.append("reason") or reason(*args)  # noqa: E731
-    monkeypatch.setattr(fastbf.BatchFormerLayer, "_weights_or_reason", counted)
+    monkeypatch.setattr(fastbf.BatchFormerLayer, "_fused_or_reason", counted)
     former, x = fastbf.BatchFormer(32, backend="torch"), torch.randn(6, 32)
     former(x)
     assert sorted(calls) == ["choose", "reason"]

@@ -33,6 +33,7 @@ FLOORS = (
         "fastbf.environment",
         "fastbf.precision",
         "fastbf.reference",
+        "fastbf.repeats",
         "fastbf.signatures",
         "fastbf.suggestions",
         "fastbf.torch_state",

@@ -121,7 +121,7 @@ class LogCounts(ClassValues):
                 f"class_counts must be positive where targets are probabilities, got 0 for class {self.empty[0]}: "
                 "the loss of every row would be NaN"
             )
-        if self.warned or target.device.type != "cpu" or not has_values(target):
+        if self.warned or not target.is_cpu or not has_values(target):
             return
         found = target[torch.isin(target, torch.tensor(self.empty, device=target.device)) & (target != ignore_index)]
         if len(found):

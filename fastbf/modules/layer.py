@@ -20,14 +20,13 @@ from fastbf.torch_state import (
     as_leaf,
     autocast_dtype,
     differentiated,
+    encoder_parts,
+    encoder_weights,
     has_own_blocks,
     is_altered,
-    parameters,
     parts,
 )
 
-_WITH_WEIGHTS = "self_attn", "linear1", "linear2", "norm1", "norm2"
-_PARTS = *_WITH_WEIGHTS, "dropout", "dropout1", "dropout2"
 _KINDS = nn.MultiheadAttention, *[nn.Linear] * 2, *[nn.LayerNorm] * 2, *[nn.Dropout] * 3
 
 
@@ -146,22 +145,24 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
                 return leaf
         masked = src_mask is not None or src_key_padding_mask is not None or is_causal
         checks.floating("src", src)
-        weights = "the call has an attention mask." if masked else self._weights_or_reason(src)
-        reason = weights if isinstance(weights, str) else None
+        fused = "the call has an attention mask." if masked else self._fused_or_reason(src)
         backend: str | Choice = self.backend
-        if reason is None:
-            self._check(src)
-        elif self._group is not None:
-            raise ValueError(f"a layer with a process_group cannot serve this call: {reason}")
-        if self._group is None:
-            head_dim = None if reason else self.self_attn.embed_dim // self.self_attn.num_heads
-            backend = choose(self.backend, self.op, src, head_dim=head_dim, obstacle=reason)
+        if isinstance(fused, str):
+            if self._group is not None:
+                raise ValueError(f"a layer with a process_group cannot serve this call: {fused}")
+            choose(backend, self.op, src, obstacle=fused)  # raises for "triton"
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        weights, options = fused
+        self._check(src, weights)
+        if self._group is None and not self.training:
+            head_dim = src.shape[-1] // options["num_heads"]
+            backend = choose(backend, self.op, src, head_dim=head_dim)
             # In evaluation the parent's inference path is quicker than the fused layer of the torch backend.
-            if reason is not None or (backend.backend == "torch" and not self.training):
+            if backend.backend == "torch":
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        along_batch = self.self_attn.batch_first and src.dim() == 3
+        along_batch = src.dim() == 3 and self.self_attn.batch_first
         x = src.transpose(0, 1) if along_batch else src
-        out = functional.encoder_layer(x, *weights, **self._options(), backend=backend)
+        out = functional.encoder_layer(x, *weights, **options, backend=backend)
         out = out.transpose(0, 1) if along_batch else out
         # The parent's result is contiguous if a norm comes last, and by its inference path, which needs batch_first.
         # Else it has the strides of the sum src + ….
@@ -180,11 +181,11 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         kind = type(self)
         called = kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or is_altered(self)
         called = called or (x.dim() == 3 and self.self_attn.batch_first)  # along the positions, not the batch
-        weights = "" if called or not x.shape[0] else self._weights_or_reason(x)
-        if not isinstance(weights, str):
+        fused = "" if called or not x.shape[0] else self._fused_or_reason(x)
+        if not isinstance(fused, str):
+            weights, options = fused
             if x.device != weights.in_proj_weight.device:
-                self._check(x)
-            options = self._options()
+                self._check(x, weights)
             return functional.encoder_layer(x, *weights, **options, plain=plain, forked=forked, backend=self.backend)
         if forked:
             plain, x = x.tensor_split(2)
@@ -198,12 +199,12 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             >>> fastbf.BatchFormerLayer(32, 4, activation=torch.tanh).parent_reason()
             'the activation is neither relu nor exact gelu.'
         """
-        found = self._weights_or_reason(src)
+        found = self._fused_or_reason(src)
         return found if isinstance(found, str) else None
 
-    def _weights_or_reason(self, src: Tensor | None = None) -> reference.LayerWeights | str:
-        """The weights for the fused layer, or why the parent runs, as :meth:`parent_reason`."""
-        inside = parts(self, BatchFormerLayer, _PARTS)
+    def _fused_or_reason(self, src: Tensor | None = None) -> tuple[reference.LayerWeights, dict[str, Any]] | str:
+        """The arguments of ``functional.encoder_layer``, or why the parent runs, as :meth:`parent_reason`."""
+        inside = encoder_parts(self, BatchFormerLayer)
         attention, _, linear2, norm1, norm2, dropout, dropout1, dropout2 = inside
         activation = self.activation
         if src is not None and src.is_nested:
@@ -212,64 +213,59 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "the layer has an attention block or a feed-forward block of its own."
         if are_patched():
             return "a class of torch that the layer is made of has a forward of its own."
-        if _activation_name(activation) is None:
+        if (name := _activation_name(activation)) is None:
             return "the activation is neither relu nor exact gelu."
         if tuple(map(type, inside)) != _KINDS:
             return "a module inside the layer was replaced."
-        out_proj = parts(attention, nn.MultiheadAttention, ("out_proj",))
-        if is_altered(*inside, *out_proj, *([activation] if isinstance(activation, nn.Module) else [])):
+        (out_proj,) = parts(attention, nn.MultiheadAttention, ("out_proj",))
+        if is_altered(*inside, out_proj, *((activation,) if isinstance(activation, nn.Module) else ())):
             return "a module inside the layer has hooks, or a forward of its own."
-        if not linear2.out_features == out_proj[0].out_features == attention.embed_dim:
+        channels, p, eps, training = attention.embed_dim, dropout.p, norm1.eps, self.training
+        if not linear2.out_features == out_proj.out_features == channels:
             return "a module inside the layer has another width than the layer."
-        weights = self._weights()
+        weights = reference.LayerWeights._make(encoder_weights(attention, out_proj, *inside[1:5]))
         if attention.bias_k is not None or attention.add_zero_attn or weights.in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
         if weights.norm1_weight is None or weights.norm2_weight is None:
             return "a norm of the layer has no weight."
-        if not norm1.normalized_shape == norm2.normalized_shape == (attention.embed_dim,):
+        if not norm1.normalized_shape == norm2.normalized_shape == (channels,):
             return "a norm of the layer does not normalise the channels alone."
-        if not attention.dropout == dropout.p == dropout1.p == dropout2.p:
+        if not attention.dropout == p == dropout1.p == dropout2.p:
             return "the layer's dropouts have different rates."
-        if not self.training == attention.training == dropout.training == dropout1.training == dropout2.training:
+        if not training == attention.training == dropout.training == dropout1.training == dropout2.training:
             return "parts of the layer are in another mode than the layer."
-        if norm1.eps != norm2.eps:
+        if eps != norm2.eps:
             return "the layer's norms have different eps."
-        return weights
+        return weights, {
+            "num_heads": attention.num_heads,
+            "activation": name,
+            "dropout_p": p if training else 0.0,
+            "norm_first": self.norm_first,
+            "eps": eps,
+            "process_group": self._group,
+        }
 
     def extra_repr(self) -> str:
         parts = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
         return ", ".join(parts if self._group is None else [*parts, f"process_group={self._group!r}"])
 
-    def _check(self, src: Tensor) -> None:
-        channels, weight = self.self_attn.embed_dim, self.linear1.weight
+    def _check(self, src: Tensor, weights: reference.LayerWeights | None = None) -> None:
+        weights = weights or self._weights()
         checks.dense("src", src)
         if src.dim() not in (2, 3):
             raise ValueError(f"src must have 2 or 3 dimensions, (S, C) or (S, B, C), got shape {tuple(src.shape)}")
-        if src.shape[-1] != channels:
-            raise ValueError(f"src must have {channels} channels in its last dimension, got {src.shape[-1]}")
+        weight = weights.out_proj_weight
+        if src.shape[-1] != weight.shape[0]:
+            raise ValueError(f"src must have {weight.shape[0]} channels in its last dimension, got {src.shape[-1]}")
         if src.device != weight.device:
             raise ValueError(f"src must be on the device of the weights, {weight.device}, got {src.device}")
         if src.dtype != weight.dtype and autocast_dtype(src) is None:
-            fields = self._weights()._asdict()
+            fields = weights._asdict()
             checks.dtype_of_weights("src", src, {n: w for n, w in fields.items() if not n.startswith("norm")})
 
     def _weights(self) -> reference.LayerWeights:
-        attention, *others = parts(self, BatchFormerLayer, _WITH_WEIGHTS)
-        out_proj = parts(attention, nn.MultiheadAttention, ("out_proj",))
-        in_proj = parameters(("in_proj_weight", "in_proj_bias"), attention)
-        return reference.LayerWeights(*in_proj, *parameters(("weight", "bias"), *out_proj, *others))
-
-    def _options(self) -> dict[str, Any]:
-        """The arguments of ``functional.encoder_layer`` besides tensors and the backend."""
-        attention, dropout, norm = parts(self, BatchFormerLayer, ("self_attn", "dropout", "norm1"))
-        return {
-            "num_heads": attention.num_heads,
-            "activation": _activation_name(self.activation),
-            "dropout_p": dropout.p if self.training else 0.0,
-            "norm_first": self.norm_first,
-            "eps": norm.eps,
-            "process_group": self._group,
-        }
+        inside = encoder_parts(self, BatchFormerLayer)
+        return reference.LayerWeights._make(encoder_weights(inside[0], inside[0].out_proj, *inside[1:5]))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Softmax weights (…, H, N, M) of x (N, …, C), without dropout; M counts the samples of all ranks.

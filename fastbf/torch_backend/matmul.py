@@ -40,7 +40,7 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN serves x · weightᵀ if that is large: plain CPU fp32 matrices, in eager mode without autocast."""
     return (
         x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        and x.is_cpu
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and not traced()

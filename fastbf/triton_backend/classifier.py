@@ -21,13 +21,14 @@ from fastbf.kernels.cross_entropy import Options
 from fastbf.kernels.launch import operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
+from fastbf.repeats import Tape, What
 from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
 from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import prepared
 from fastbf.triton_backend.functions import by_kernels, dense, empty_like, limits_of, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["again", "linear_cross_entropy"]
 
 #: Shares of the device's memory: for logits that are kept for backward (5 GiB of 80), and for a chunk of logits or of
 #: their gradient (1.25 GiB).
@@ -48,6 +49,7 @@ class Head(NamedTuple):
     keep: bool  #: whether the logits are kept for backward
     compute: torch.dtype  #: of the matrix products
     loss: torch.dtype
+    shape: torch.Size  #: of the input, (M, …, C)
 
     def options(self, bias: Tensor | None, weight: Tensor | None, logit_bias: Tensor | None) -> Options:
         """The options of both kernels."""
@@ -241,17 +243,15 @@ class _Classifier(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, logit_bias: Tensor | None, target: Tensor,
-        weight: Tensor | None, head: Head,
+        weight: Tensor | None, head: Head, what: What | None, found: Tape | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-
-        tensors = target, bias, weight, logit_bias
-        what, inputs = ("linear_cross_entropy", head, x.shape), (x, matrix, *tensors)
-        made = tape.play(what, inputs)
+        inputs = x, matrix, bias, logit_bias, target, weight
+        made = tape.play(what, inputs, None, found)
         if made is None:
-            with tape.noting(what, inputs) as made:
-                made += forward(x, matrix, target, head.options(bias, weight, logit_bias), head)
+            with tape.noting(what, inputs, None, head) as made:
+                made += _results(x, matrix, target, head.options(bias, weight, logit_bias), head)
         loss, stats, *saved = made
-        ctx.save_for_backward(*saved, *tensors)
+        ctx.save_for_backward(*saved, bias, weight, logit_bias)
         ctx.head, ctx.dtypes = head, tuple([None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)])
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for the statistics would cost a launch
@@ -271,7 +271,22 @@ class _Classifier(Function):
         if made is None:
             with tape.noting(what, inputs) as made:
                 made += _gradients(grad, tensors, head, needs, dtypes, overwrites)
-        return *made, None, None, None
+        return *made, None, None, None, None, None
+
+
+def _results(
+    x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What :func:`forward` returns, with x itself where it was not copied; and the target, contiguous.
+
+    x is (M, …, C), target (N, …) or (N, …, K), returned as (N,) or (N, K).
+    """
+    target = (target.reshape(-1, len(matrix)) if target.is_floating_point() else target.flatten()).contiguous()
+    loss, stats, *rest = forward(x.flatten(0, -2).contiguous(), matrix, target, options, head)
+    saved = Saved(*rest)
+    if x.is_contiguous() and x.dtype == head.compute:
+        saved = saved._replace(x=x)  # autograd looks after changes in place of x, and not of a view that was made here
+    return loss, stats, *saved, target
 
 
 def _gradients(
@@ -289,8 +304,9 @@ def _gradients(
     x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = dtypes
     assert x_dtype is not None
     assert matrix_dtype is not None
+    total, x, *rest = saved
     grads = backward(
-        grad, Saved(*saved), target, head.options(bias, weight, logit_bias), head, wanted,
+        grad, Saved(total, x.flatten(0, -2), *rest), target, head.options(bias, weight, logit_bias), head, wanted,
         (x_dtype, product_dtype(matrix_dtype, head.compute)), donated,
     )  # fmt: skip
     d_matrix = None if grads.matrix is None else grads.matrix.to(matrix_dtype)
@@ -299,27 +315,42 @@ def _gradients(
         d_bias = (grads.sums if head.scale == 1 else grads.sums * head.scale).to(bias_dtype)
     if grads.sums is not None and wanted.logit_bias:
         d_logit_bias = grads.sums.to(logit_bias_dtype)
-    return [grads.x, d_matrix, d_bias, d_logit_bias]
+    return [None if grads.x is None else grads.x.view(head.shape), d_matrix, d_bias, d_logit_bias]
 
 
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: LossOptions, *, linear_bias: Tensor | None,
-    weight: Tensor | None, logit_bias: Tensor | None,
+    weight: Tensor | None, logit_bias: Tensor | None, what: What | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and each stream's loss, accuracy and unadjusted accuracy if ``stats``."""
+    """The loss, and each stream's loss, accuracy and unadjusted accuracy if ``stats``.
+
+    A tape of the call is for calls of ``what``, and :func:`again` makes them by it.
+    """
     autocasts = autocast_dtype(input)
     compute, num_classes = autocasts or input.dtype, linear_weight.shape[0]
-    rows = input.flatten(0, -2)
     keep = differentiated(input, linear_weight, linear_bias, logit_bias)
-    keep = keep and keeps(rows.shape[0], num_classes, compute, input.device)
-    target = target.reshape(-1, num_classes) if target.is_floating_point() else target.flatten()
+    keep = keep and keeps(input.shape[:-1].numel(), num_classes, compute, input.device)
     loss_type = torch.float32 if autocasts else loss_dtype(input.dtype, target, logit_bias)
-    head = Head(*options, keep=keep, compute=compute, loss=loss_type)
-    x, target, linear_bias, weight, logit_bias = dense(rows, target, linear_bias, weight, logit_bias)
-    given = x, linear_weight, linear_bias, logit_bias, target, weight, head
+    head = Head(*options, keep=keep, compute=compute, loss=loss_type, shape=input.shape)
+    linear_bias, weight, logit_bias = dense(linear_bias, weight, logit_bias)
+    what = what or ("linear_cross_entropy", head)
+    given = input, linear_weight, linear_bias, logit_bias, target, weight, head, what, None
     apply, ahead = prepared(_Classifier, given)
     with ahead:
         loss, of_streams = apply(*given)
-    if options.reduction == "none":
-        loss = loss.view(input.shape[:-1])
-    return loss, of_streams.unbind() if options.stats else ()
+    return _with_streams(loss, of_streams, head)
+
+
+def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A call that a tape fits, given input, linear_weight, linear_bias, logit_bias, target and weight."""
+    given = *tensors, found.of, None, found
+    apply, _ = prepared(_Classifier, given, built=True)
+    loss, of_streams = apply(*given)
+    return _with_streams(loss, of_streams, found.of)
+
+
+def _with_streams(loss: Tensor, of_streams: Tensor, head: Head) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The results from what the Function returns."""
+    if head.reduction == "none":
+        loss = loss.view(head.shape[:-1])
+    return loss, of_streams.unbind() if head.stats else ()

@@ -23,8 +23,8 @@ from fastbf.triton_backend.functions import (
     dense,
     empty_like,
     from_rows,
-    in_memory_order,
     limits_of,
+    order_of,
 )
 
 __all__ = ["activation_dropout", "dropout_add_layer_norm"]
@@ -160,7 +160,8 @@ def dropout_add_layer_norm(
     seed: Tensor | None,
 ) -> Tensor:
     """LayerNorm(residual + drop(x)). x and residual (N, …, C), weight and bias (C,) → (N, …, C)."""
-    matrix, rows = in_memory_order(x)
+    rows = order_of(x)
+    matrix = as_rows(x, rows)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
     tensors, call = (as_rows(residual, rows), *dense(weight, bias)), Sum(drop_threshold(dropout_p), eps, dtype, rows)
     given = matrix, *tensors, seed, call
@@ -171,7 +172,8 @@ def dropout_add_layer_norm(
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x)). x (N, …, F) → its shape."""
-    matrix, rows = in_memory_order(x)
+    rows = order_of(x)
+    matrix = as_rows(x, rows)
     given = matrix, seed, Act(activation, drop_threshold(dropout_p), rows)
     apply, ahead = prepared(_Activation, given)
     with ahead:

@@ -19,7 +19,7 @@ from fastbf.reference import split_qkv
 from fastbf.triton_backend import attention_across_ranks
 from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_weights import Factors
-from fastbf.triton_backend.functions import limits_of
+from fastbf.triton_backend.functions import empty_like, limits_of
 from fastbf.triton_backend.matmul import weight_gradient
 
 
@@ -143,7 +143,7 @@ def backward(
 
     # feed-forward
     dh, drop, sums = torch.mm(d_branch, f.linear2), layer.drop(Site.ACTIVATION), partials.take(width)
-    again = None if layer.activation == "relu" else torch.empty_like(saved.hidden)  # u, which ReLU has kept
+    again = None if layer.activation == "relu" else empty_like(saved.hidden)  # u, which ReLU has kept
     activation.backward(dh, saved.hidden, rows, layer.activation, dh=dh, u=again, partials=sums, drop=drop)
     u = saved.hidden if again is None else again
     grads = LayerGradients(

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     [2R, C] whose mixed half is x; or "" if the result is no fork.
     """
 
+    shape: torch.Size  #: of the features as they were given, (N, …, C), or of the fork, (2N, …, C)
     samples: int
     positions: int
     position_major: bool  #: memory holds (L, N, C)
@@ -42,6 +43,15 @@ class Layer(NamedTuple):
     norm: torch.dtype  #: of a norm's result
     batch: Batch | None = None  #: the samples of all ranks; None for this process alone
     seed: Tensor | None = None  #: int64, one element, on the device; None only if nothing is dropped
+
+    def given_rows(self) -> Rows:
+        """The rows of the features as they were given, a fork's of both halves."""
+        return Rows(self.shape[0], self.positions, self.position_major)
+
+    def result_shape(self) -> tuple[int, ...]:
+        """Of the features, or of the fork."""
+        doubles = self.fork in ("x", "plain")
+        return (2 * self.shape[0] if doubles else self.shape[0], *self.shape[1:])
 
     def rows(self) -> Rows:
         """The rows, as elementwise kernels take them."""

@@ -11,12 +11,14 @@ from torch import Tensor
 from fastbf.dropout import Site
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.add_norm import NO_NORM, Norm
+from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights, split_qkv
 from fastbf.torch_state import no_autocast
 from fastbf.triton_backend import attention_across_ranks
 from fastbf.triton_backend.encoder_call import Layer, allocate
 from fastbf.triton_backend.encoder_weights import cast
-from fastbf.triton_backend.matmul import linear_into
+from fastbf.triton_backend.functions import as_rows, empty_in_order, empty_like
+from fastbf.triton_backend.matmul import linear, linear_into
 
 
 def forward(
@@ -31,14 +33,14 @@ def forward(
         layer: the call.
 
     Returns:
-        First [R, C], or the fork: in memory (2N, L, C), or (L, 2N, C) if ``layer.position_major``, as [2R, C].
+        First the result in ``layer.result_shape()``, in memory (N, L, C), or (L, N, C) if ``layer.position_major``.
     """
-    rows, (count, channels), saved = layer.rows(), x.shape, allocate(x, weights, layer)
+    rows, channels, saved = layer.rows(), x.shape[1], allocate(x, weights, layer)
     dtype = saved.s1.dtype if layer.norm_first else layer.norm
     plain = x if layer.fork == "x" else plain
     if plain is not None:
-        count, dtype = 2 * count, torch.promote_types(plain.dtype, dtype)
-    out = torch.empty(count, channels, dtype=dtype, device=x.device)
+        dtype = torch.promote_types(plain.dtype, dtype)
+    out = empty_in_order(layer.result_shape(), layer.position_major, dtype, x.device)
 
     with no_autocast(x):
         narrow = [] if layer.norm_first or saved.normed is None else [(saved.normed, x)]
@@ -57,8 +59,7 @@ def forward(
             attention.forward(q, k, v, layer.options(channels), o=layer.heads(saved.o), lse=saved.lse)
         else:
             attention_across_ranks.forward(normed, w.in_proj_weight, w.in_proj_bias, layer, saved)
-        branch = torch.empty_like(saved.o)
-        linear_into(saved.o, w.out_proj_weight, w.out_proj_bias, branch)
+        branch = linear(saved.o, w.out_proj_weight, w.out_proj_bias)
 
         residual, copy, drop = saved.z, None, layer.drop(Site.ATTENTION_OUTPUT)
         if layer.norm_first:
@@ -68,12 +69,14 @@ def forward(
             if layer.norm != layer.compute:
                 residual, copy = torch.empty(x.shape, dtype=layer.norm, device=x.device), saved.z
             add_norm.forward(x, rows, x=branch, residual_out=saved.s1, y=residual, copy=copy, norm=norm1, drop=drop)
+        del branch  # before the memory of the next one is taken
 
         linear_into(saved.z, w.linear1_weight, w.linear1_bias, saved.hidden)
-        u = saved.hidden if layer.activation == "relu" else torch.empty_like(saved.hidden)
+        u = saved.hidden if layer.activation == "relu" else empty_like(saved.hidden)
         activation.forward(saved.hidden, rows, layer.activation, u=u, drop=layer.drop(Site.ACTIVATION))
-        linear_into(u, w.linear2_weight, w.linear2_bias, branch)
+        branch = linear(u, w.linear2_weight, w.linear2_bias)
 
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
-        add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=out, norm=last, plain=plain, drop=drop)
+        y = as_rows(out, Rows(out.shape[0], layer.positions, layer.position_major))
+        add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=y, norm=last, plain=plain, drop=drop)
     return out, *saved

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf.distributed.process_groups import Batch, agree
-from fastbf.dropout import drop_threshold
+from fastbf.dropout import draw_seed, drop_threshold
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
+from fastbf.repeats import Tape, What
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
 from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import build, prepared
@@ -25,11 +26,11 @@ from fastbf.triton_backend.functions import (
     by_kernels,
     dense,
     from_rows,
-    in_memory_order,
+    order_of,
     product_dtype,
 )
 
-__all__ = ["encoder_layer"]
+__all__ = ["again", "encoder_layer"]
 
 
 class _EncoderLayer(Function):
@@ -54,38 +55,58 @@ class _EncoderLayer(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plain: Tensor | None, seed: Tensor | None, layer: Layer, *tensors: Tensor | None
-    ) -> Tensor:
-        weights = LayerWeights(*tensors)  # type: ignore[arg-type]
+        ctx: Any, x: Tensor, plain: Tensor | None, seed: Tensor | None, layer: Layer, what: What | None,
+        found: Tape | None, *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weights = LayerWeights._make(tensors)
         ctx.layer, ctx.dtypes = layer, tuple([None if t is None else t.dtype for t in (plain, *tensors)])
-        if layer.fork == "input":
-            x, plain = layer.halves(x)[1].reshape(layer.rows().total(), -1).contiguous(), x
-
-        what = ("encoder_layer", layer) if layer.batch is None else None
-        inputs = x, plain, seed, *tensors
-        made = tape.play(what, inputs)
+        inputs = x, plain, *tensors
+        made = tape.play(what, inputs, seed, found)
         if made is None:
-            with tape.noting(what, inputs) as made:
-                made += forward(x, plain, weights, layer._replace(seed=seed))
-        out, *rest = made
+            with tape.noting(what, inputs, seed, layer) as made:
+                made += _results(x, plain, weights, layer._replace(seed=seed))
+        out, kept, *rest = made
         saved = Saved(*rest)
         products = weights[:8:2] if saved.cast is None else (None,) * 4
-        ctx.save_for_backward(x, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
+        ctx.save_for_backward(kept, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
         return out
 
     @staticmethod
     @by_kernels("encoder_layer")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        layer, needs, dtypes = ctx.layer, ctx.needs_input_grad, ctx.dtypes
+        layer, needs, dtypes, saved = ctx.layer, ctx.needs_input_grad, ctx.dtypes, ctx.saved_tensors
+        needs = *needs[:2], *needs[6:]
         what = ("encoder_layer backward", layer, needs, dtypes) if layer.batch is None else None
-        d_out, saved = d_out.contiguous(), ctx.saved_tensors
         inputs = d_out, *saved
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
                 made += _gradients(d_out, saved, layer, needs, dtypes)
         d_x, d_plain, *parameters = made
-        return d_x, d_plain, None, None, *parameters
+        return d_x, d_plain, None, None, None, None, *parameters
+
+
+def _matrix(x: Tensor, layer: Layer) -> Tensor:
+    """The features that go through the layer, of x as it was given, as a matrix [R, C]; a view where memory allows."""
+    matrix = as_rows(x, layer.given_rows())
+    if layer.fork != "input":
+        return matrix
+    return layer.halves(matrix)[1].reshape(layer.rows().total(), -1).contiguous()
+
+
+def _is_viewed(x: Tensor, layer: Layer) -> bool:
+    """Whether :func:`_matrix` is a view of x."""
+    return x.is_contiguous() or (layer.fork != "input" and x.movedim(0, -2).is_contiguous())
+
+
+def _results(x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer) -> tuple[Tensor | None, ...]:
+    """The layer's result; x, or what :func:`_matrix` copied of it; and the fields of ``encoder_call.Saved``."""
+    matrix, other = _matrix(x, layer), None
+    if layer.fork in ("plain", "input"):
+        other = as_rows(x if plain is None else plain, layer.given_rows())
+    out, *saved = forward(matrix, other, weights, layer)
+    # Autograd looks after changes in place of x itself, and not of a view that was made here.
+    return out, x if _is_viewed(x, layer) else matrix, *saved
 
 
 def _gradients(
@@ -95,8 +116,9 @@ def _gradients(
     """The gradients of x, plain and the weights, None where they are not needed.
 
     Args:
+        d_out: of the result, in its shape.
         tensors: as forward saves them.
-        needs: of forward's arguments.
+        needs: of these.
         dtypes: of plain and of the weights.
     """
     x, seed, *rest = tensors
@@ -106,9 +128,13 @@ def _gradients(
     if saved.cast is not None:
         width = saved.hidden.shape[1]
         factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
-    wanted = Wanted(needs[0], *needs[4:])
-    plain = layer.halves(d_out)[0].reshape(-1, d_out.shape[1]).to(of_plain) if needs[1] else None
-    found: dict[str, Any] = {"plain": plain}
+    wanted = Wanted(needs[0], *needs[2:])
+    x, rows = _matrix(x, layer) if x.shape == layer.shape else x, layer.given_rows()
+    d_out = as_rows(d_out, rows._replace(samples=d_out.shape[0]))
+    d_plain = None
+    if needs[1]:
+        d_plain = from_rows(layer.halves(d_out)[0].reshape(-1, d_out.shape[1]).to(of_plain), rows, layer.shape)
+    found: dict[str, Any] = {}
     if any(wanted):
         with no_autocast(x):
             dtype = product_dtype(of_weights[0], layer.compute)
@@ -119,9 +145,10 @@ def _gradients(
             found |= _split(sums, layer.norm_first, x.shape[1], factors.linear1.shape[0])
     parameters = (
         found[name].to(dtype) if need else None
-        for name, need, dtype in zip(LayerWeights._fields, needs[4:], of_weights, strict=True)
+        for name, need, dtype in zip(LayerWeights._fields, needs[2:], of_weights, strict=True)
     )
-    return [found.get("x"), found["plain"], *parameters]
+    d_x = found.get("x")
+    return [None if d_x is None else from_rows(d_x, rows, layer.shape), d_plain, *parameters]
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
@@ -139,35 +166,48 @@ def _split(sums: Tensor, norm_first: bool, channels: int, width: int) -> dict[st
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, options: LayerOptions, *, seed: Tensor | None, plain: Tensor | None = None,
-    forked: bool = False, batch: Batch | None = None,
+    forked: bool = False, batch: Batch | None = None, what: What | None = None,
 ) -> Tensor:  # fmt: skip
     """A whole encoder layer. x (N, …, C) → its shape, or a fork (2N, …, C), the plain half first.
 
     With ``plain``, of x's shape, the result is a fork of it and the layer's output. If ``forked``, x is a fork
     (2N, …, C), and its mixed half goes through the layer. The result has x's order in memory. With a ``batch`` x holds
-    this rank's samples of it.
+    this rank's samples of it. A tape of the call is for calls of ``what``, and :func:`again` makes them by it.
     """
-    matrix, rows = in_memory_order(x)
-    other = None if plain is None or plain is x else as_rows(plain, rows)
+    other = None if plain is x else plain
     fork = "input" if forked else "plain" if other is not None else "" if plain is None else "x"
     compute = autocast_dtype(x) or x.dtype
     norm = x.dtype if compute == x.dtype else torch.promote_types(x.dtype, compute)
     make = _layer.__wrapped__ if torch.compiler.is_compiling() else _layer
-    layer = make(rows, options, fork, compute, norm_dtype(x, norm))
+    layer = make(x.shape, order_of(x), options, fork, compute, norm_dtype(x, norm))
     tensors = (*weights[:8], *dense(*weights[8:]))  # products take any strides
     if batch is not None and batch.new:
-        silent = matrix, other, seed, layer._replace(batch=batch.silent()), *tensors
+        silent = x, other, seed, layer._replace(batch=batch.silent()), None, None, *tensors
         agree(batch, partial(build, _EncoderLayer, torch.is_grad_enabled(), silent))
-    given = matrix, other, seed, layer if batch is None else layer._replace(batch=batch), *tensors
+    if batch is not None:
+        layer, what = layer._replace(batch=batch), None
+    elif what is None:
+        what = "encoder_layer", layer
+    given = x, other, seed, layer, what, None, *tensors
     apply, ahead = prepared(_EncoderLayer, given, built=batch is not None)
     with ahead:
-        return from_rows(apply(*given), rows, x.shape)
+        return apply(*given)
+
+
+def again(found: Tape, x: Tensor, other: Tensor | None, weights: LayerWeights) -> Tensor:
+    """A call that a tape fits; ``other`` is ``plain``, unless that is x."""
+    seed = draw_seed(x.device) if found.draws else None
+    given = x, other, seed, found.of, None, found, *weights
+    apply, _ = prepared(_EncoderLayer, given, built=True)
+    return apply(*given)
 
 
 @lru_cache(maxsize=1024)
-def _layer(rows: Rows, options: LayerOptions, fork: str, compute: torch.dtype, norm: torch.dtype) -> Layer:
+def _layer(
+    shape: torch.Size, rows: Rows, options: LayerOptions, fork: str, compute: torch.dtype, norm: torch.dtype
+) -> Layer:  # fmt: skip
     return Layer(
-        samples=rows.samples // 2 if fork == "input" else rows.samples, positions=rows.positions,
+        shape=shape, samples=rows.samples // 2 if fork == "input" else rows.samples, positions=rows.positions,
         position_major=rows.position_major, num_heads=options.num_heads, activation=options.activation,
         norm_first=options.norm_first, eps=options.eps, threshold=drop_threshold(options.dropout_p), fork=fork,
         compute=compute, norm=norm,

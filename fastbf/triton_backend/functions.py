@@ -63,18 +63,32 @@ def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if t is None else t.contiguous() for t in tensors])  # a list is quicker than a generator
 
 
-def in_memory_order(x: Tensor) -> tuple[Tensor, Rows]:
-    """x (N, …, C) as a matrix [R, C] of its (N, L, C) or (L, N, C), whichever is its order in memory, and its rows."""
-    samples, channels = x.shape[0], x.shape[-1]
+def order_of(x: Tensor) -> Rows:
+    """The rows of x (N, …, C) in the order that it has in memory, (N, L, C) or (L, N, C)."""
+    samples = x.shape[0]
     if x.dim() == 2:
-        return x.contiguous(), Rows(samples, 1, False)
-    x = x.reshape(samples, -1, channels)
-    rows = Rows(samples, x.shape[1], not x.is_contiguous() and x.stride(0) < x.stride(1))
-    return (x.transpose(0, 1) if rows.position_major else x).contiguous().view(rows.total(), channels), rows
+        return Rows(samples, 1, False)
+    x = x.reshape(samples, -1, x.shape[-1])
+    return Rows(samples, x.shape[1], not x.is_contiguous() and x.stride(0) < x.stride(1))
+
+
+def empty_in_order(
+    shape: tuple[int, ...], position_major: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # fmt: skip
+    """A tensor (N, …, C), in memory (N, L, C) or (L, N, C)."""
+    samples, *positions, channels = shape
+    if not (position_major and positions):
+        return torch.empty(shape, dtype=dtype, device=device)
+    strides, step = [1], samples * channels
+    for size in reversed(positions):
+        strides, step = [step, *strides], step * size
+    return torch.empty_strided(shape, (channels, *strides), dtype=dtype, device=device)
 
 
 def as_rows(x: Tensor, rows: Rows) -> Tensor:
     """x (N, …, C) as a matrix [R, C] in the order of ``rows``, contiguous."""
+    if x.dim() == 2:
+        return x.contiguous()
     x = x.reshape(rows.samples, rows.positions, x.shape[-1])
     return (x.transpose(0, 1) if rows.position_major else x).reshape(rows.total(), x.shape[-1]).contiguous()
 

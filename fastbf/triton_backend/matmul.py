@@ -17,6 +17,13 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias, of a matrix x."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    linear_into(x, weight, bias, out)
+    return out
+
+
 def product_into(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a · b. On a GPU the product itself writes fp32 from 16-bit a and b; on a CPU both are widened first."""
     if a.dtype == out.dtype:

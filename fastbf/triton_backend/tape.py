@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf.kernels.launch import Launched, noted, stream_for
-from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, autocasts, copy_all, no_autocast, watched
+from fastbf.repeats import Results, Tape, What, find, tapes
+from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, allocator, copy_all, no_autocast, watched
 
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
@@ -32,71 +33,62 @@ _matmul: Any = torch.backends.cuda.matmul
 #: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 30 KB.
 MOST_TAPES, MOST_SEEN = 512, 4096
 
-Results = Sequence[Tensor | None]
-#: A function of a stream and the tensors; it returns None for tensors that it does not fit.
-Tape = Callable[..., Results | None]
-_tapes: dict[tuple[Any, ...] | None, tuple[Tape, ...]] = {}
-_held: deque[tuple[tuple[Any, ...], Tape]] = deque()
-_seen: dict[tuple[Any, ...], int] = {}
+_held: deque[tuple[What, Tape]] = deque()
+_seen: dict[What, int] = {}
 _lock = Lock()
 
 
 def forget() -> None:
     """Forgets every tape. Whoever exchanges launches or kernels does so before and after."""
     with _lock:
-        _tapes.clear()
+        tapes.clear()
         _held.clear()
         _seen.clear()
 
 
-def play(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Any:
+def play(
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, tape: Tape | None = None
+) -> Any:  # fmt: skip
     """The results of a call, by a tape of it; None if there is none.
 
     Args:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
+        seed: one that was made for this call.
+        tape: the one that fits, if it was found already.
     """
-    if torch.compiler.is_compiling() or watched():
+    tape = tape or find(what, tensors)
+    if tape is None:
         return None
-    tapes, first = _tapes.get(what), tensors[0]
-    if not tapes:
-        return None
-    device: torch.device = first.device  # type: ignore[union-attr]
-    stream = stream_for(device)
+    first: Any = tensors[0]
+    stream = stream_for(first.device)
     if stream is None:
         return None
-    if autocasts(device.type):
-        with no_autocast(first):  # type: ignore[arg-type]
-            return _first_fit(tapes, stream, tensors)
-    return _first_fit(tapes, stream, tensors)
-
-
-def _first_fit(tapes: tuple[Tape, ...], stream: int, tensors: Sequence[Tensor | None]) -> Results | None:
-    for tape in tapes:
-        made = tape(stream, *tensors)
-        if made is not None:
-            return made
-    return None
+    with no_autocast(first):
+        return tape.run(stream, seed, *tensors)
 
 
 @contextmanager
-def noting(what: tuple[Any, ...] | None, tensors: Sequence[Tensor | None]) -> Iterator[list[Any]]:
+def noting(
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None
+) -> Iterator[list[Any]]:  # fmt: skip
     """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
 
-    The second call of a signature is noted. A batch of another size often comes once.
+    The second call of a signature is noted. A batch of another size often comes once. Arguments as in :func:`play`;
+    ``of`` is ``Tape.of``.
     """
     results: list[Any] = []
     if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
         yield results
         return
-    recorder = _Recorder(tensors)
+    recorder = _Recorder(tensors, seed)
     with recorder, noted(recorder.launched):
         yield results
     with suppress(_Unrecordable):
-        _hold(what, recorder.tape(results))
+        _hold(what, recorder.tape(results, of))
 
 
-def _is_second(what: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> bool:
+def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
     """Whether the call is the second of its signature, and one that a tape may hold."""
     first: Any = tensors[0]
     if stream_for(first.device) is None:
@@ -114,15 +106,14 @@ def _is_second(what: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> bool:
     return before == 1 and distinct and aligned
 
 
-def _hold(what: tuple[Any, ...], tape: Tape) -> None:
+def _hold(what: What, tape: Tape) -> None:
     with _lock:
-        _tapes[what] = *_tapes.get(what, ()), tape
+        tapes[what] = *tapes.get(what, ()), tape
         _held.append((what, tape))
         if len(_held) > MOST_TAPES:
             oldest, gone = _held.popleft()
-            _tapes[oldest] = tuple(t for t in _tapes[oldest] if t is not gone)
-            if not _tapes[oldest]:
-                del _tapes[oldest]
+            if others := tuple(t for t in tapes.pop(oldest, ()) if t is not gone):
+                tapes[oldest] = others
 
 
 class _Unrecordable(Exception):
@@ -153,7 +144,7 @@ _NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
 class _Recorder(DispatchMode):  # type: ignore[misc]
     """Notes what happens under it, as lines of Python."""
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+    def __init__(self, inputs: Sequence[Tensor | None], seed: Tensor | None) -> None:
         super().__init__()
         self.environment: dict[str, object] = {}
         self.steps: list[_Step | None] = []
@@ -165,7 +156,8 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         self.paused = False
         self.count = 0
         self.inputs = {f"x{i}": t for i, t in enumerate(inputs)}
-        for name, t in self.inputs.items():
+        self.seed = f"x{len(inputs)}", seed
+        for name, t in (*self.inputs.items(), self.seed):
             if t is not None:
                 self._name(t, name)
 
@@ -212,9 +204,10 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         self.environment[name] = value
         return name
 
-    def _callable(self, function: Callable[..., Any]) -> str:
-        found = next((name for name, value in self.environment.items() if value is function), None)
-        return found or self._constant(function)
+    def _once(self, value: object) -> str:
+        """The constant that has this value, one for all."""
+        found = next((name for name, held in self.environment.items() if held is value), None)
+        return found or self._constant(value)
 
     def _new(self) -> str:
         self.count += 1
@@ -287,17 +280,13 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
                 self._own(base, view)
             if several and func in _CALLS and self._is_whole(args[0]):  # one call instead of a view each
                 rest = ", ".join(map(repr, args[1:]))
-                call = f"{self._callable(_CALLS[func])}({base.name}, {rest})"
+                call = f"{self._once(_CALLS[func])}({base.name}, {rest})"
                 self.splits[base.name] = call, [self._geometry(base, view) for view in result]
             return
         if func is aten.empty.memory_format and result.is_contiguous():
             name = self._name(result, self._new())
             self.fresh[name] = len(self.steps)
-            # Of PyTorch's ways to allocate the quickest.
-            size, options = f"{tuple(result.shape)}, {result.stride()}", (result.dtype, result.device)
-            dtype, device = map(self._constant, options)
-            code = f"{name} = {self._callable(torch.empty_strided)}({size}, dtype={dtype}, device={device})"
-            self.steps.append(_Step(code, name))
+            self.steps.append(_Step(f"{name} = {self._allocation(result)}", name))
             return
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             raise _Unrecordable("a generator, whose state goes on")
@@ -312,6 +301,12 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         else:
             raise _Unrecordable(f"the results of {func}")
 
+    def _allocation(self, t: Tensor) -> str:
+        size, dtype = f"{tuple(t.shape)}, {t.stride()}", self._once(t.dtype)
+        if (quick := allocator(t.device.type)) is not None:
+            return f"{self._once(quick)}({size}, {dtype})"
+        return f"{self._once(torch.empty_strided)}({size}, dtype={dtype}, device={self._once(t.device)})"
+
     def _call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         call: Callable[..., Any] = _CALLS.get(func, func)
         if func in _WITH_DTYPE:  # which PyTorch's own functions take by name
@@ -319,7 +314,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         if func is CAST and kwargs.keys() != {"dtype"}:
             call = func
         given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
-        return f"{self._callable(call)}({', '.join(given)})"
+        return f"{self._once(call)}({', '.join(given)})"
 
     def _argument(self, a: Any) -> str:
         if isinstance(a, Tensor):
@@ -338,27 +333,27 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         factors = [self._read(a) for a in args]
         if func is aten.addmm.out and factors[2].endswith(".t()"):
             bias, x, weight = factors
-            code = f"{self._callable(F.linear)}({x}, {weight.removesuffix('.t()')}, {bias})"
+            code = f"{self._once(F.linear)}({x}, {weight.removesuffix('.t()')}, {bias})"
         else:
-            code = f"{self._callable(_CALLS[func])}({', '.join(factors)})"
+            code = f"{self._once(_CALLS[func])}({', '.join(factors)})"
         code = f"{name} = {code}"
         self.steps.append(_Step(code, name))
 
     # The tape
 
-    def tape(self, results: Results) -> Tape:
-        """The tape of what was noted."""
+    def tape(self, results: Results, of: Any) -> Tape:
+        """The tape of what was noted, a call of ``of``."""
         if self.failure:
             raise _Unrecordable(self.failure)
         returned = ", ".join("None" if t is None else self._read(t) for t in results)
         steps = [step for step in self.steps if step is not None]
         addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
-        lines = [f"if not ({' and '.join(self._guards())}): return None"]
-        pointers = [name for name in self.inputs if name in addressed]
-        lines += [f"p_{name} = {name}.data_ptr()" for name in pointers]
+        seed, inputs = self.seed[0], list(self.inputs)
+        pointers = [name for name in (*inputs, seed) if name in addressed]
+        lines = [f"p_{name} = {name}.data_ptr()" for name in pointers]
         lines += [f"if ({' | '.join(f'p_{name}' for name in pointers)}) & 15: return None"] * bool(pointers)
         last = {name: i for i, step in enumerate(steps) for name in _names(step.code)}
-        kept = _names(returned) | self.inputs.keys()
+        kept = {*_names(returned), *inputs, seed}
         for i, step in enumerate(steps):
             lines.append(step.code)
             if step.makes in addressed:
@@ -366,28 +361,26 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({returned},)")
-        source = f"def tape(stream, {', '.join(self.inputs)}):\n    " + "\n    ".join(lines)
-        scope = dict(self.environment)
+        guards, body = " and ".join(self._guards()), "\n    ".join(lines)
+        source = f"def fits({', '.join(inputs)}):\n    return {guards}\n\n"
+        source += f"def run(stream, {seed}, {', '.join(inputs)}):\n    {body}\n"
+        scope: dict[str, Any] = dict(self.environment)
         exec(compile(source, "<fastbf tape>", "exec"), scope)
-        tape: Any = scope["tape"]
-        tape.source = source
-        return tape
+        return Tape(scope["fits"], scope["run"], self.seed[1] is not None, of, source)
 
     def _guards(self) -> Iterator[str]:
-        """Conditions for tensors of the geometry that was noted."""
-        device = next(t.device for t in self.inputs.values() if t is not None)
-        yield f"x0.device == {self._constant(device)}"
-        if device.type == "cuda":  # attention in fp32 goes by it, products see for themselves
-            yield f"{self._constant(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
+        """Conditions for tensors of the geometry that was noted, whatever they are."""
         for name, t in self.inputs.items():
             if t is None:
                 yield f"{name} is None"
-            else:
-                if t.is_cuda:
-                    yield f"{name} is not None and {name}.is_cuda"
-                shape, stride = self._constant(t.shape), self._constant(t.stride())
-                yield f"{name} is not None and {name}.shape == {shape} and {name}.stride() == {stride}"
-                yield f"{name}.dtype is {self._constant(t.dtype)}"
+                continue
+            kind, shape, stride = self._once(type(t)), self._constant(t.shape), self._constant(t.stride())
+            yield f"type({name}) is {kind} and {name}.shape == {shape} and {name}.stride() == {stride}"
+            yield f"{name}.dtype is {self._once(t.dtype)}"
+            yield f"{name}.is_cpu" if t.is_cpu else f"{name}.device == {self._constant(t.device)}"
+        if any(t is not None and t.is_cuda for t in self.inputs.values()):
+            # Attention in fp32 goes by it, products see for themselves.
+            yield f"{self._once(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
 
 
 def _names(code: str) -> set[str]:

@@ -7,13 +7,14 @@ import weakref
 from collections import Counter
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
-from fastbf import functional
+from fastbf import backend, functional, signatures
 from fastbf.kernels import launch
 from fastbf.triton_backend import tape
 
@@ -29,8 +30,8 @@ def plays(monkeypatch):
     """Counts calls that a tape served, and those that none did."""
     count, play = Counter(), tape.play
 
-    def counted(what, tensors):
-        made = play(what, tensors)
+    def counted(*call):
+        made = play(*call)
         count["as written" if made is None else "by a tape"] += 1
         return made
 
@@ -94,6 +95,87 @@ def test_the_third_step_goes_by_tapes(norm_first, autocast, plays):
     if autocast == torch.float32:  # 16 bits differ in Triton's interpreter between one call and the next
         assert_as_written(step)
         assert plays["by a tape"] == 12
+
+
+def test_a_repeated_call_checks_nothing_but_its_tensors(monkeypatch, plays):
+    """And other arguments that look alike meet the checks, on every step."""
+    step = Step()
+    for _ in range(3):
+        step()
+    for name in ("signature", "choose"):
+        monkeypatch.setattr(functional, name, lambda *_, **__: pytest.fail("a known call is checked again"))
+    monkeypatch.setattr(functional.checks, "layer", lambda *_: pytest.fail("a known call is checked again"))
+    step()
+    assert plays["by a tape"] == 8
+
+
+def test_what_looks_alike_meets_the_checks():
+    layer = fastbf.BatchFormerLayer(C, 1, C, 0.0, backend="triton")
+    weights, x = layer._weights(), features()
+    arguments = {"num_heads": 1, "dropout_p": 1.0, "eps": 1e-5, "backend": "triton"}
+    for _ in range(4):
+        functional.encoder_layer(x, *weights, **arguments)
+    for name, value, error in (
+        ("num_heads", True, "num_heads must be"),
+        ("dropout_p", True, "dropout_p must be"),
+        ("eps", [1e-5], "eps must be"),
+        ("activation", ["relu"], "activation must be"),
+        ("plain", torch.randn(3, C), "plain must"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            functional.encoder_layer(x, *weights, **{**arguments, name: value})
+    for other in (x.double(), x[None, 0, 0], x[:, :4], x.to("meta"), x.tolist(), x.to_sparse()):
+        with pytest.raises((TypeError, ValueError), match=r"must|cannot"):
+            functional.encoder_layer(other, *weights, **arguments)
+    for i, weight in ((0, weights[0].double()), (1, torch.randn(C)), (4, weights[4].tolist()), (8, None)):
+        others = [*weights[:i], weight, *weights[i + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=r"must|cannot"):
+            functional.encoder_layer(x, *others, **arguments)
+    numbers = {**arguments, "eps": np.float64(1e-5), "dropout_p": np.float64(0.0)}
+    for _ in range(4):
+        functional.encoder_layer(x, *weights, **numbers)
+
+
+def test_a_kernel_that_is_refused_ends_repeated_calls():
+    """The backward's, say: the next step takes PyTorch, though forward has a tape."""
+    step = Step()
+    for _ in range(3):
+        step()
+    assert tape.tapes
+    backend.unbuilt("encoder_layer", torch.device("cpu"), RuntimeError("boom"))
+    try:
+        assert not tape.tapes
+        with pytest.raises(ValueError, match="boom"):
+            step()
+    finally:
+        backend._failed.clear()
+        signatures.forget()
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+@pytest.mark.parametrize("forked", [False, True])
+def test_results_may_be_changed_in_place(batch_dim, forked):
+    """A fork with positions is no view of another tensor, which autograd would not let anybody change."""
+    former = fastbf.BatchFormer(C, 1, dropout=0.0, batch_dim=batch_dim, forked=forked, backend="triton")
+    x = torch.randn(4, 6, C, requires_grad=True)
+    for _ in range(4):
+        fork = former(x)
+        expected = torch.autograd.grad(torch.relu(fork).sum(), x, retain_graph=True)
+        assert torch.equal(*torch.autograd.grad(fork.relu_().sum(), x), *expected)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_features_with_positions_that_were_changed_in_place(batch_dim):
+    former = fastbf.BatchFormer(C, 1, batch_dim=batch_dim, backend="triton")
+    classifier = fastbf.SharedClassifier(C, K, backend="triton")
+    target = torch.randint(0, K, (4, 3))
+    for call in (former, lambda x: classifier.loss(x, target)):
+        for _ in range(4):
+            x = features(4, 3) * 1
+            made = call(x)
+            x.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                made.sum().backward()
 
 
 def _attention(n, p):
@@ -471,7 +553,7 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert tape._tapes
+    assert tape.tapes
 
 
 def test_bounded(monkeypatch):
@@ -484,9 +566,9 @@ def test_bounded(monkeypatch):
             with tape.noting(("bounded", n % 3), (x,)) as made:
                 made += (torch.mm(x.t(), x),)
     assert len(tape._held) == 6
-    assert sum(map(len, tape._tapes.values())) == 6
+    assert sum(map(len, tape.tapes.values())) == 6
     assert len(tape._seen) == 20
-    assert all(tape._tapes.values())
+    assert all(tape.tapes.values())
 
 
 def test_a_tape_holds_no_tensor():
