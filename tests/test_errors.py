@@ -1,6 +1,8 @@
 """Bad input: the error's type, and a message that names the argument and what is allowed."""
 
+import copy
 import inspect
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -452,16 +454,41 @@ def test_a_call_of_the_classifier_with_an_unknown_keyword(given, advice):
         fastbf.SharedClassifier(8, 3)(**{given: X})
 
 
-def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():
-    former, state = fastbf.BatchFormer(8), nn.TransformerEncoderLayer(8, 4, 8).state_dict()
-    with pytest.raises(RuntimeError, match=r"Missing key(.|\n)*put the prefix 'layers\.0\.' before every key"):
-        former.load_state_dict(state)
-    assert len(former.load_state_dict(state, strict=False).unexpected_keys) == len(state)
-    former.load_state_dict({f"layers.0.{name}": t for name, t in state.items()}, assign=True)
-    assert former.layers[0].linear1.weight.data_ptr() == state["linear1.weight"].data_ptr()
-    with pytest.raises(RuntimeError) as error:
+def with_prefix(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("inside", "prefix"), [("", ""), ("former.", "former."), ("1.", "1.encoder_layers.")])
+def test_a_checkpoint_of_an_encoder_layer_suggests_its_keys(inside, prefix, strict):
+    """Of a BatchFormer and of a model that holds one, once, whether or not the keys are an error."""
+    former = fastbf.BatchFormer(8)
+    model = {"": former, "former.": nn.ModuleDict({"former": former}), "1.": nn.Sequential(nn.ReLU(), former)}[inside]
+    state = nn.TransformerEncoderLayer(8, 4, 8).state_dict()
+    with pytest.warns(UserWarning) as warned:
+        if strict:
+            with pytest.raises(RuntimeError, match="Missing key"):
+                model.load_state_dict(with_prefix(prefix, state))
+        else:
+            found = model.load_state_dict(with_prefix(prefix, state), strict=False)
+            assert len(found.unexpected_keys) == len(state)
+    (message,) = [str(w.message) for w in warned]
+    assert f"'{prefix}self_attn.in_proj_weight' is not loaded" in message
+    assert f"this one to '{inside}layers.0.self_attn.in_proj_weight'" in message
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_of_other_keys_suggests_nothing():
+    former, layer = fastbf.BatchFormer(8), nn.TransformerEncoderLayer(8, 4, 8)
+    former.load_state_dict(with_prefix("layers.0.", layer.state_dict()), assign=True)
+    assert former.layers[0].linear1.weight.data_ptr() == layer.linear1.weight.data_ptr()
+    former.load_state_dict(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
         former.load_state_dict({})
-    assert "prefix" not in str(error.value)
+    former.register_module("inner", fastbf.BatchFormer(8))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(former)))
+    copied.load_state_dict(former.state_dict())
 
 
 def test_class_values_of_a_classifier_from_the_meta_device():

@@ -69,6 +69,9 @@ class BatchFormer(nn.Module):
     Attributes:
         layers: ``nn.ModuleList`` of :class:`BatchFormerLayer`.
 
+    A checkpoint of one ``nn.TransformerEncoderLayer`` loads under the names ``layers.0.…``. Where the names lack that,
+    a UserWarning says which to write, for a model that holds the module, too.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
 
@@ -146,6 +149,7 @@ class BatchFormer(nn.Module):
             )
             for _ in range(num_layers)
         )
+        self.register_load_state_dict_pre_hook(_warn_of_a_bare_layer)
 
     @property
     def process_group(self) -> Any:
@@ -250,25 +254,6 @@ class BatchFormer(nn.Module):
             if isinstance(made, Tensor):
                 made.is_fork = True  # type: ignore[attr-defined]
         return (fork, *targets) if targets else fork
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; the error for a checkpoint of one encoder layer names the prefix.
-
-        Examples:
-            >>> theirs = torch.nn.TransformerEncoderLayer(32, 4, 32).state_dict()
-            >>> former = fastbf.BatchFormer(32)
-            >>> former.load_state_dict({f"layers.0.{key}": value for key, value in theirs.items()})
-            <All keys matched successfully>
-        """
-        try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
-        except RuntimeError as error:
-            if "self_attn.in_proj_weight" not in state_dict:
-                raise
-            raise RuntimeError(
-                f"{error}\n\tThese are keys of one encoder layer, and a BatchFormer holds a list of layers: put the "
-                "prefix 'layers.0.' before every key, or call former.layers[0].load_state_dict(state_dict)."
-            ) from None
 
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only.
@@ -379,6 +364,23 @@ def _is_fork(x: object) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "is_fork")
 
 
+def _warn_of_a_bare_layer(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Says how to rename the keys of an encoder layer that does not stand in a list of layers, before any is loaded.
+
+    It warns, because hooks are not told whether unexpected keys are an error.
+    """
+    known = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    for key in state_dict:
+        if key.startswith(prefix) and key.endswith(_OF_A_LAYER) and not key.startswith(known):
+            warn(
+                f"the encoder layer of '{key}' is not loaded, because a BatchFormer holds a list of layers: rename its "
+                f"keys, this one to '{prefix}layers.0.{_OF_A_LAYER}' and the others likewise",
+                UserWarning,
+            )
+            return
+
+
+_OF_A_LAYER = "self_attn.in_proj_weight"
 _warned: set[str] = set()
 
 
