@@ -103,6 +103,9 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
             stay the same objects. What cannot be made plain, such as a subclass with a ``forward`` of its own, stays,
             and a UserWarning says what and why.
 
+    A model without a BatchFormer is returned as it is. If it has a BatchFormerLayer, as :func:`convert` makes them, a
+    UserWarning says that such layers are at work at test time, too.
+
     Returns:
         ``module``, or what replaces it if it is itself a BatchFormer.
 
@@ -117,6 +120,14 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     _check_module(module)
     removed = BatchFormer | PassThrough
     empty = nn.Identity if plain else PassThrough
+    layers = [m for m in module.modules() if isinstance(m, BatchFormerLayer)]
+    if layers and not plain and not any(isinstance(m, removed) for m in module.modules()):
+        warn(
+            f"strip found no BatchFormer in {type(module).__name__} and changes nothing. BatchFormerLayer, of which it "
+            f"has {len(layers)}, is an encoder layer of the network, at test time, too. strip(module, plain=True) makes "
+            "each an nn.TransformerEncoderLayer again",
+            UserWarning,
+        )
     # A module with two names is replaced under both. In reverse order inner modules come first.
     for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
         if isinstance(child, removed) or _compiled(child, empty):
