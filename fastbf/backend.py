@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastbf import checks
 from fastbf.signatures import forget
+from fastbf.suggestions import suggesting
 from fastbf.torch_state import traced_as_constant, transformed
 from fastbf.warned import warn
 
@@ -244,6 +245,7 @@ def choose(
     return Choice("torch", obstacle)
 
 
+@suggesting
 def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None) -> Choice:
     """The backend that a call would use, and why.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastbf.modules import BatchFormer, BatchFormerLayer
 from fastbf.plain import make_plain
+from fastbf.suggestions import suggesting
 from fastbf.warned import warn
 
 
@@ -25,6 +26,7 @@ def _check_module(module: object) -> None:
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
 
 
+@suggesting
 def convert(module: nn.Module) -> int:
     """Makes every ``nn.TransformerEncoderLayer`` in ``module``, itself included, a ``BatchFormerLayer``.
 
@@ -89,6 +91,7 @@ def _resembles_an_encoder_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.TransformerEncoderLayer) or type(module).__name__.endswith("EncoderLayer") or parts
 
 
+@suggesting
 def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     """Removes every ``BatchFormer`` for deployment. The evaluation output is unchanged; no parameter of theirs stays.
 
@@ -124,8 +127,8 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     if layers and not plain and not any(isinstance(m, removed) for m in module.modules()):
         warn(
             f"strip found no BatchFormer in {type(module).__name__} and changes nothing. BatchFormerLayer, of which it "
-            f"has {len(layers)}, is an encoder layer of the network, at test time, too. strip(module, plain=True) makes "
-            "each an nn.TransformerEncoderLayer again",
+            f"has {len(layers)}, is an encoder layer of the network, at test time, too. strip(module, plain=True) "
+            "makes each an nn.TransformerEncoderLayer again",
             UserWarning,
         )
     # A module with two names is replaced under both. In reverse order inner modules come first.

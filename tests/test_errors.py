@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -465,17 +466,68 @@ def test_a_checkpoint_of_an_encoder_layer_suggests_its_keys(inside, prefix, stri
     former = fastbf.BatchFormer(8)
     model = {"": former, "former.": nn.ModuleDict({"former": former}), "1.": nn.Sequential(nn.ReLU(), former)}[inside]
     state = nn.TransformerEncoderLayer(8, 4, 8).state_dict()
-    with pytest.warns(UserWarning) as warned:
-        if strict:
-            with pytest.raises(RuntimeError, match="Missing key"):
-                model.load_state_dict(with_prefix(prefix, state))
-        else:
-            found = model.load_state_dict(with_prefix(prefix, state), strict=False)
-            assert len(found.unexpected_keys) == len(state)
+    refused = pytest.raises(RuntimeError, match="Missing key") if strict else nullcontext()
+    with pytest.warns(UserWarning, match="is not loaded") as warned, refused:
+        model.load_state_dict(with_prefix(prefix, state), strict=strict)
     (message,) = [str(w.message) for w in warned]
     assert f"'{prefix}self_attn.in_proj_weight' is not loaded" in message
     assert f"this one to '{inside}layers.0.self_attn.in_proj_weight'" in message
     assert warned[0].filename == __file__
+
+
+FUNCTIONS = [
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "labels", "did you mean target="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "x", "did you mean features="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "stat", "did you mean stats="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "xyz", "it takes features, target, reduction, stats"),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "scale", "scale= is an argument of the constructor"),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "weight", "class_weight= is an argument of the con"),
+    (fastbf.BatchFormer(8).mix, "BatchFormer.mix", "x", "did you mean features="),
+    (fastbf.BatchFormer(8).attention_map, "BatchFormer.attention_map", "labels", "it takes features"),
+    (functional.linear_cross_entropy, "linear_cross_entropy", "targets", "did you mean target="),
+    (functional.linear_cross_entropy, "linear_cross_entropy", "features", "did you mean input="),
+    (functional.cross_entropy, "cross_entropy", "labels", "did you mean target="),
+    (functional.batch_attention, "batch_attention", "dropout", "did you mean dropout_p="),
+    (functional.dropout_add_layer_norm, "dropout_add_layer_norm", "p", "did you mean dropout_p="),
+    (functional.activation_dropout, "activation_dropout", "act", "did you mean activation="),
+    (functional.encoder_layer, "encoder_layer", "dropout", "did you mean dropout_p="),
+    (fastbf.strip, "strip", "model", "did you mean module="),
+    (fastbf.convert, "convert", "model", "did you mean module="),
+    (fastbf.explain, "explain", "module", "did you mean what="),
+    (fastbf.make_graphed, "make_graphed", "sample_arg", "did you mean sample_args="),
+    (fastbf.update_average, "update_average", "buffer", "did you mean buffers="),
+    (fastbf.warm_up, "warm_up", "model", "did you mean module="),
+    (fastbf.distributed.gather, "gather", "group", "did you mean process_group="),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "given", "advice"), FUNCTIONS)
+def test_unknown_keywords_of_functions(function, name, given, advice):
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    by_name = {p.name: None for p in needed if p.kind is p.KEYWORD_ONLY}
+    positional = [None] * sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in needed)
+    message = rf"^{name}\(\) got an unexpected keyword argument '{given}': {advice}"
+    with pytest.raises(TypeError, match=message):
+        function(*positional, **by_name, **{given: 3})
+
+
+def test_a_keyword_in_place_of_a_needed_one():
+    for call in (functional.linear_cross_entropy, fastbf.SharedClassifier(8, 3).loss):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'labels': did you mean target=\?"):
+            call(X, labels=Y)
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got nothing"):
+        fastbf.SharedClassifier(8, 3).loss(X)
+    with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got nothing"):
+        fastbf.SharedClassifier(8, 3).loss(target=Y)
+
+
+@pytest.mark.parametrize("function", {name: function for function, name, *_ in FUNCTIONS}.values())
+def test_signatures_are_those_that_are_documented(function):
+    """No ``**unknown``, and a default for what may be left out only."""
+    shown = inspect.signature(function).parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in shown.values())
+    if "target" in shown:
+        assert shown["target"].default is inspect.Parameter.empty
 
 
 @pytest.mark.filterwarnings("error")

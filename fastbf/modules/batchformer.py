@@ -255,6 +255,7 @@ class BatchFormer(nn.Module):
                 made.is_fork = True  # type: ignore[attr-defined]
         return (fork, *targets) if targets else fork
 
+    @suggesting
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only.
 
@@ -269,6 +270,7 @@ class BatchFormer(nn.Module):
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
 
+    @suggesting
     def attention_map(self, features: Tensor) -> Tensor:
         """Softmax weights of the last layer, without dropout, which show relations between samples.
 

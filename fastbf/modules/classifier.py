@@ -12,7 +12,7 @@ from fastbf import checks, functional, reference
 from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
-from fastbf.suggestions import suggesting, unexpected
+from fastbf.suggestions import NOTHING, hiding_unknown, names_of, suggesting, unexpected
 from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
 
 
@@ -205,8 +205,15 @@ class SharedClassifier(nn.Linear):
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool
     ) -> Tensor | tuple[Tensor, functional.LossStats]: ...  # fmt: skip
+    @hiding_unknown
     def loss(
-        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
+        self,
+        features: Tensor = NOTHING,
+        target: Tensor = NOTHING,
+        *,
+        reduction: str = "mean",
+        stats: bool = False,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, functional.LossStats]:
         """Cross-entropy of features or of a fork.
 
@@ -233,6 +240,9 @@ class SharedClassifier(nn.Linear):
             >>> stats.accuracy.shape  # of the plain and of the mixed stream
             torch.Size([2])
         """
+        if unknown:
+            settings = names_of(SharedClassifier)
+            raise TypeError(unexpected("SharedClassifier.loss", next(iter(unknown)), names_of(_LOSS), settings))
         if isinstance(features, torch.fx.Proxy):
             return as_leaf(self, _LOSS, features, target, reduction=reduction, stats=stats)
         if isinstance(self._log_prior, LogCounts):
