@@ -72,9 +72,9 @@ class SdistWithLink(sdist):
 
 
 readme, repository = (ROOT / "README.md").read_text(encoding="utf-8"), address()
-urls = {
-    "BatchFormer, the paper": "https://arxiv.org/abs/2203.01522",
-    "BatchFormerV2, the paper": "https://arxiv.org/abs/2204.01254",
+urls = {  # a comma would end a name
+    "Paper: BatchFormer": "https://arxiv.org/abs/2203.01522",
+    "Paper: BatchFormerV2": "https://arxiv.org/abs/2204.01254",
     "The authors' code": "https://github.com/zhihou7/BatchFormer",
 }
 if repository:

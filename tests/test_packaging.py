@@ -155,7 +155,8 @@ def test_the_address_of_the_repository_reaches_the_wheel(clone, tmp_path, again)
     (wheel,) = tmp_path.glob("*.whl")
     (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
     metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
-    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL") if url.count(", ") == 1)
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert len(urls) == 7
     assert urls["Repository"] == address
     assert urls["Issues"] == f"{address}/issues"
     assert metadata["Description-Content-Type"] == "text/markdown"

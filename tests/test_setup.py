@@ -90,6 +90,7 @@ def test_where_the_address_is_unknown_the_readme_stays(metadata):
         readme, urls = metadata()
     assert readme == README
     assert len(urls) == 3
+    assert all(url.startswith("https://") and "," not in name for name, url in urls.items())
 
 
 def test_without_git_the_address_is_unknown(project, metadata, monkeypatch):
