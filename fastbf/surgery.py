@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class PassThrough(nn.Module):
 
 def _check_module(module: object) -> None:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        advice = ": load it into a model, and give that" if isinstance(module, Mapping) else ""
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{advice}")
 
 
 @suggesting

@@ -84,6 +84,20 @@ CASES = [
     ),
     (lambda: former()(X[:, :4]), ValueError, r"got shape \(6, 4\)$"),
     (
+        lambda: former()(X.T),
+        ValueError,
+        r"got shape \(8, 6\), which fits once two dimensions change places, features\.transpose\(0, 1\)$",
+    ),
+    (lambda: fastbf.BatchFormer(X, Y), TypeError, "dim must be an int, got Tensor: make the module once, and call it"),
+    (lambda: former()(X, torch.cat([Y, Y])), ValueError, r"got 12 in targets\[0\]: give each once, they are repeated"),
+    (
+        lambda: former()(X, Y, True),
+        TypeError,
+        r"got bool as targets\[1\]: a BatchFormer has its own .*, so write former\(features, target\)",
+    ),
+    (lambda: former()(X, nn.Linear(1, 1)), TypeError, r"got Linear as targets\[0\]: a BatchFormer has its own encoder"),
+    (lambda: fastbf.BatchFormer(30), ValueError, "num_heads must divide dim, got 4 for dim=30; 3 does$"),
+    (
         lambda: fastbf.BatchFormer(8)(X, targets=Y),
         TypeError,
         r"by position, got targets=: write former\(features, target",
@@ -104,7 +118,16 @@ CASES = [
     # SharedClassifier
     (lambda: classifier()(X[:, :4], Y), ValueError, "features must have 8 channels"),
     (lambda: classifier()(X, Y.float()), TypeError, "target must hold class indices as int64, or probabilities"),
-    (lambda: classifier()(X, Y.int()), TypeError, "target must hold class indices as int64"),
+    (lambda: classifier()(X, Y.int()), TypeError, r"class indices as int64.* got torch\.int32: target\.long\(\) makes"),
+    (lambda: classifier()(X, Y.float()), TypeError, r"of shape \(6,\): target\.long\(\) makes class indices of it$"),
+    (lambda: classifier()(X, Y.float()[:, None]), ValueError, r"got 1: target\.long\(\)\.squeeze\(-1\) makes class"),
+    (lambda: classifier()(X, Y[:, None]), ValueError, r"got \(6, 1\): target\.squeeze\(-1\) drops the last dimension$"),
+    (lambda: classifier()(X, Y[:, None].repeat(1, 3)), ValueError, r"got \(6, 3\): target\.argmax\(-1\) makes class"),
+    (lambda: classifier()(X, torch.cat([Y, Y])), ValueError, r"got \(12,\): these are two a row, .* call train\(\) if"),
+    (lambda: classifier()(X.T, Y), ValueError, r"got shape \(8, 6\): features\.movedim\(0, -1\) has them there$"),
+    (lambda: fastbf.SharedClassifier(8, 3, [1, 2, 3]), TypeError, "got list; class counts go in class_counts=$"),
+    # surgery
+    (lambda: fastbf.strip(nn.Linear(1, 1).state_dict()), TypeError, "got OrderedDict: load it into a model, and give"),
     (lambda: classifier()(X, Y[:4]), ValueError, r"target must have shape \(6,\), or \(3,\) for a fork"),
     (lambda: classifier()(X[:5], Y), ValueError, r"target must have shape \(5,\) for an input of 5 rows"),
     (lambda: classifier()(X, torch.rand(6, 4)), ValueError, "probability for each of the 3 classes, got 4"),

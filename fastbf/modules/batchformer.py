@@ -124,6 +124,8 @@ class BatchFormer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(dim, Tensor):
+            raise TypeError("dim must be an int, got Tensor: make the module once, and call it, former(features)")
         checks.heads("dim", dim, "num_heads", num_heads)
         checks.positive("num_layers", num_layers)
         for name, value in (("batch_dim", batch_dim), ("channel_dim", channel_dim)):
@@ -310,10 +312,12 @@ class BatchFormer(nn.Module):
                 f"dimension of {rank}-D features"
             )
         if features.shape[dims[1]] != self.dim:
-            fits = [dim for dim, size in enumerate(features.shape) if size == self.dim and dim != dims[0]]
+            fits = [f"channel_dim={dim}" for dim, n in enumerate(features.shape) if n == self.dim and dim != dims[0]]
+            if features.shape[dims[0]] == self.dim:
+                fits.append(f"once two dimensions change places, features.transpose{dims}")
             raise ValueError(
                 f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
-                f"{tuple(features.shape)}" + (f", which fits channel_dim={fits[0]}" if fits else "")
+                f"{tuple(features.shape)}" + (f", which fits {fits[0]}" if fits else "")
             )
         return dims
 
@@ -347,10 +351,13 @@ def _check_length(i: int, target: Any, n: int) -> None:
         return
     if not isinstance(target, Tensor | list | tuple):
         given = f"{type(target).__name__} as targets[{i}]{checks.as_tensor(target)}"
+        if isinstance(target, nn.Module | bool):  # as in the paper's function
+            given += ": a BatchFormer has its own encoder and its own mode, so write former(features, target)"
         raise TypeError(f"targets must be tensors, lists, tuples or None, got {given}")
     length = len(target) if not isinstance(target, Tensor) else target.shape[0] if target.dim() else None
     if length != n:
         hint = ": transpose it, samples come first" if isinstance(target, Tensor) and n in target.shape[1:] else ""
+        hint = ": give each once, they are repeated here" if length == 2 * n else hint
         raise ValueError(f"targets must have one entry for each of the {n} samples, got {length} in targets[{i}]{hint}")
 
 

@@ -85,7 +85,7 @@ class SharedClassifier(nn.Linear):
     ) -> None:
         count = checks.positive("num_classes", checks.either("num_classes", num_classes, "out_features", out_features))
         if not isinstance(bias, int):  # True and False are such
-            raise TypeError(f"bias must be True or False, got {type(bias).__name__}; class counts go by their keyword")
+            raise TypeError(f"bias must be True or False, got {type(bias).__name__}; class counts go in class_counts=")
         checks.positive("in_features", in_features)
         super().__init__(in_features, count, bias, device=device, dtype=dtype)
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
@@ -324,9 +324,10 @@ class SharedClassifier(nn.Linear):
     def _check(self, x: object) -> Tensor:
         features, weight = checks.dense("features", checks.floating("features", x)), self.weight
         if not features.dim() or features.shape[-1] != self.in_features:
+            fits = [dim for dim, size in enumerate(features.shape) if size == self.in_features]
             raise ValueError(
                 f"features must have {self.in_features} channels in the last dimension, got shape "
-                f"{tuple(features.shape)}"
+                f"{tuple(features.shape)}" + (f": features.movedim({fits[-1]}, -1) has them there" if fits else "")
             )
         if features.device != weight.device:
             raise ValueError(f"features must be on the device of the weights, {weight.device}, got {features.device}")
