@@ -11,11 +11,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastbf import checks
 from fastbf.modules import SharedClassifier
+from fastbf.suggestions import suggesting
 
 #: What ``torch.compile``, FSDP and activation checkpointing call the module that they wrap.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+@suggesting
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, *, buffers: bool = False) -> None:
     """average ← decay · average + (1 − decay) · model, for every parameter of ``average``, found in ``model`` by name.

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbf import repeats, signatures
+from fastbf import checks, repeats, signatures
+from fastbf.suggestions import suggesting
 from fastbf.torch_state import traced_as_constant, transformed
 from fastbf.warned import warn
 
@@ -244,6 +245,7 @@ def choose(
     return Choice("torch", obstacle)
 
 
+@suggesting
 def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None) -> Choice:
     """The backend that a call would use, and why.
 
@@ -259,40 +261,60 @@ def explain(what: str | nn.Module, *tensors: Tensor, backend: str | None = None)
     Raises:
         ValueError: an unknown function or backend, or "triton" where no kernel covers the call.
         TypeError: ``what`` is neither a name nor a module of fastbf.
-        TypeError, ValueError: features that do not fit the module, such as another width, as in its call.
+        TypeError, ValueError: features whose layout, width, device or dtype does not fit the module, as in its call.
+            Targets, masks and the tensors of a function are not checked.
 
     Examples:
         >>> print(fastbf.explain(fastbf.BatchFormer(32), torch.randn(6, 32)))
         torch: encoder_layer was given tensors on cpu, and Triton's kernels run on CUDA GPUs.
     """
-    if isinstance(what, nn.Module):
-        op = getattr(what, "op", None)
-        if op not in OPS:
-            raise TypeError(
-                f"what must be the name of a function or a module of fastbf, got {type(what).__name__}: give one of "
-                "fastbf's modules in it; convert makes some of layers of torch"
-            )
-        is_former = hasattr(what, "mix")
-        if is_former and not what.training:
-            return Choice("torch", "a BatchFormer in evaluation mode returns its input, and nothing runs.")
-        parts: list[Any] = [m for m in what.modules() if hasattr(m, "parent_reason")]
-        reason = next(filter(None, (part.parent_reason() for part in parts)), None)
-        attention = getattr(parts[0], "self_attn", None) if parts else None
-        if op == "encoder_layer":
-            if reason is None and what is parts[0] and any(mask is not None for mask in tensors[1:]):
-                reason = "the call has an attention mask."
-            tensors = tensors[:1]  # the others are masks or targets
-        if tensors and (reason is None or is_former):  # else torch's own forward checks, if anything does
-            module: Any = what
-            module._check(tensors[0])
-        return choose(
-            backend or str(what.backend),
-            op,
-            *tensors,
-            head_dim=attention and attention.head_dim,
-            channels=attention and attention.embed_dim,
-            obstacle=reason,
-        )
-    if what not in OPS:
-        raise ValueError(f"what must be one of {', '.join(OPS)} or a module of fastbf, got {what!r}")
-    return choose(backend or "auto", what, *tensors)
+    if not isinstance(what, nn.Module):
+        if isinstance(what, str) and what in OPS:
+            return choose(backend or "auto", what, *tensors)
+        names, given = ", ".join(OPS), repr(what) if isinstance(what, str) else type(what).__name__
+        kind = ValueError if isinstance(what, str) else TypeError
+        raise kind(f"what must be a module of fastbf or the name of a function, one of {names}; got {given}")
+    module: Any = what
+    op = getattr(module, "op", None)
+    if op not in OPS:
+        kinds = "a BatchFormer, a BatchFormerLayer, a SharedClassifier or the name of a function"
+        raise TypeError(f"what must be {kinds}, got {type(module).__name__}{_others(module)}")
+    is_former = hasattr(module, "mix")
+    if is_former and not module.training:
+        return Choice("torch", "a BatchFormer in evaluation mode returns its input, and nothing runs.")
+    is_layer = op == "encoder_layer" and not is_former
+    for x in tensors[:1]:
+        checks.floating("src" if is_layer else "features", x)
+    parts: list[Any] = [m for m in module.modules() if hasattr(m, "parent_reason")]
+    of_input = tensors[:1] if is_layer else ()
+    reason = next(filter(None, (part.parent_reason(*of_input) for part in parts)), None)
+    if is_layer and reason is None and any(mask is not None for mask in tensors[1:]):
+        reason = "the call has an attention mask."
+    if op == "encoder_layer":
+        tensors = tensors[:1]  # the others are masks or targets
+    for x in tensors[:1]:
+        if is_former:
+            module._check(x)
+            x = x.new_empty(0, module.dim)  # which its layers take, if they take x
+        if reason is None and parts:  # else torch's own forward checks, if anything does
+            parts[0]._check(x)
+    attention = getattr(parts[0], "self_attn", None) if parts else None
+    return choose(
+        backend or str(module.backend),
+        op,
+        *tensors,
+        head_dim=attention and attention.head_dim,
+        channels=attention and attention.embed_dim,
+        obstacle=reason,
+    )
+
+
+def _others(module: nn.Module) -> str:
+    """What to ask for instead of a module that is not one of fastbf's."""
+    found = [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if getattr(m, "op", None) in OPS]
+    outer = [name for name in found if not any(name.startswith(f"{other.split()[0]}.") for other in found)]
+    if outer:
+        return f": ask for one of those that it holds, {', '.join(outer[:3])}" + (", …" if outer[3:] else "")
+    if any(isinstance(m, nn.TransformerEncoderLayer) for m in module.modules()):
+        return ": fastbf.convert makes a BatchFormerLayer of an nn.TransformerEncoderLayer"
+    return ", which holds none of them"

@@ -140,7 +140,10 @@ def heads(width_name: str, width: int, heads_name: str, num_heads: int) -> None:
     positive(width_name, width)
     positive(heads_name, num_heads)
     if width % num_heads:
-        raise ValueError(f"{heads_name} must divide {width_name}, got {num_heads} for {width_name}={width}")
+        fits = next(heads for heads in range(num_heads, 0, -1) if width % heads == 0)
+        raise ValueError(
+            f"{heads_name} must divide {width_name}, got {num_heads} for {width_name}={width}; {fits} does"
+        )
 
 
 def seed(value: int | Tensor | None, device: torch.device) -> None:
@@ -174,21 +177,37 @@ def target(target: object, rows: tuple[int, ...], num_classes: int, device: torc
         if target.dim() != len(rows) + 1:
             raise TypeError(
                 f"target must hold class indices as int64, or probabilities of shape {(*rows, num_classes)}; got "
-                f"{target.dtype} of shape {tuple(target.shape)}"
+                f"{target.dtype} of shape {tuple(target.shape)}: target.long() makes class indices of it"
             )
         if target.shape[-1] != num_classes:
+            indices = ": target.long().squeeze(-1) makes class indices of it" if target.shape[-1] == 1 else ""
             raise ValueError(
-                f"target must give a probability for each of the {num_classes} classes, got {target.shape[-1]}"
+                f"target must give a probability for each of the {num_classes} classes, got {target.shape[-1]}{indices}"
             )
     elif target.dtype != torch.int64:
-        raise TypeError(f"target must hold class indices as int64, or probabilities as floats; got {target.dtype}")
+        raise TypeError(
+            f"target must hold class indices as int64, or probabilities as floats; got {target.dtype}: target.long() "
+            "makes class indices of it"
+        )
     if tuple(target.shape) != (*rows, *tail) and (rows[0] % 2 or tuple(target.shape) != forked):
         raise ValueError(
             f"target must have shape {(*rows, *tail)}" + ("" if rows[0] % 2 else f", or {forked} for a fork,") +
-            f" for an input of {rows[0]} rows; got {tuple(target.shape)}"
+            f" for an input of {rows[0]} rows; got {tuple(target.shape)}{_fitting(target, rows, num_classes)}"
         )  # fmt: skip
     index_range(target, num_classes, ignore_index)
     return target.shape[0] != rows[0]
+
+
+def _fitting(target: Tensor, rows: tuple[int, ...], num_classes: int) -> str:
+    """Advice for a target of another shape than the rows of an input have."""
+    if not target.is_floating_point() and target.dim() == len(rows) + 1:
+        if target.shape[-1] == num_classes:
+            return ": target.argmax(-1) makes class indices of one-hot targets"
+        if target.shape[-1] == 1:
+            return ": target.squeeze(-1) drops the last dimension"
+    if target.dim() and target.shape[0] == 2 * rows[0]:
+        return ": these are two a row, so give each once, or call train() if the BatchFormer is in evaluation mode"
+    return ""
 
 
 def index_range(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -14,11 +14,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbf import checks
+from fastbf.suggestions import suggesting
 from fastbf.torch_state import flattened, has_gradient_hooks, has_hooks, own_tensors
 
 CAPTURABLE = "cuda"
 
 
+@suggesting
 def make_graphed(callable: Callable[..., Any], sample_args: Sequence[Tensor]) -> Callable[..., Any]:
     """Captures ``callable``'s forward and backward as CUDA graphs and replays them when a call matches.
 

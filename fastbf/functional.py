@@ -11,7 +11,7 @@ Source: BatchFormer, Hou et al., CVPR 2022 (arXiv 2203.01522), section 3; dense 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fastbf.distributed.process_groups import Batch, Facts, meet, name_of, rank_
 from fastbf.dropout import draw_seed, drop_threshold
 from fastbf.reference import LayerOptions, LayerWeights, LossOptions
 from fastbf.signatures import recall, remember, signature
+from fastbf.suggestions import NOTHING, hiding_unknown, names_of, suggesting, unexpected
 from fastbf.torch_backend import attention, classifier, elementwise
 from fastbf.torch_backend import encoder_layer as layer
 from fastbf.torch_state import autocast, autocast_dtype, differentiated, transformed
@@ -62,6 +63,7 @@ def _needs_seed(choice: Choice, group: str | None = None) -> bool:
     return choice.backend == "triton" or group is not None
 
 
+@suggesting
 def batch_attention(
     q: Tensor,
     k: Tensor,
@@ -125,6 +127,7 @@ def batch_attention(
     return attention.batch_attention(q, k, v, scale=scale, dropout_p=p, seed=seed)
 
 
+@suggesting
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -182,6 +185,7 @@ def dropout_add_layer_norm(
     return elementwise.dropout_add_layer_norm(x, residual, weight, bias, dropout_p=p, eps=eps, seed=seed)
 
 
+@suggesting
 def activation_dropout(
     x: Tensor,
     activation: str,
@@ -227,6 +231,7 @@ def activation_dropout(
     return elementwise.activation_dropout(x, activation, dropout_p=p, seed=seed)
 
 
+@hiding_unknown
 def encoder_layer(
     x: Tensor,
     in_proj_weight: Tensor,
@@ -252,6 +257,7 @@ def encoder_layer(
     seed: int | Tensor | None = None,
     backend: str | Choice = "auto",
     process_group: Any = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """A transformer encoder layer along the first dimension, given its tensors. Returns its result or a fork.
 
@@ -300,6 +306,8 @@ def encoder_layer(
 
     Source: paper section 3.2; docs/design.md, the mathematics.
     """
+    if unknown:
+        raise TypeError(unexpected("encoder_layer", next(iter(unknown)), names_of(encoder_layer)))
     weights = LayerWeights(
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
@@ -405,10 +413,11 @@ def linear_cross_entropy(
     weight: Tensor | None = None, logit_bias: Tensor | None = None, scale: float = 1.0, reduction: str = "mean",
     ignore_index: int | None = -100, label_smoothing: float = 0.0, stats: bool, backend: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]: ...  # fmt: skip
+@hiding_unknown
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
+    input: Tensor = NOTHING,
+    linear_weight: Tensor = NOTHING,
+    target: Tensor = NOTHING,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -419,6 +428,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     stats: bool = False,
     backend: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross-entropy of a linear classifier: logits = scale · (input · linear_weightᵀ + linear_bias) + logit_bias.
 
@@ -472,6 +482,8 @@ def linear_cross_entropy(
 
     Source: paper section 3.2 (shared classifier); Balanced Softmax: Ren et al., NeurIPS 2020, equation 4.
     """
+    if unknown:
+        raise TypeError(unexpected("linear_cross_entropy", next(iter(unknown)), names_of(linear_cross_entropy)))
     settings = scale, reduction, ignore_index, label_smoothing, stats, backend
     tensors = input, linear_weight, linear_bias, logit_bias, target, weight
     kinds = type(scale), type(ignore_index), type(label_smoothing), type(stats)
@@ -518,6 +530,7 @@ def linear_cross_entropy(
     return (loss, LossStats(*streams)) if stats else loss
 
 
+@suggesting
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastbf.modules import BatchFormer, BatchFormerLayer
 from fastbf.plain import make_plain
+from fastbf.suggestions import suggesting
 from fastbf.warned import warn
 
 
@@ -22,9 +24,11 @@ class PassThrough(nn.Module):
 
 def _check_module(module: object) -> None:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        advice = ": load it into a model, and give that" if isinstance(module, Mapping) else ""
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}{advice}")
 
 
+@suggesting
 def convert(module: nn.Module) -> int:
     """Makes every ``nn.TransformerEncoderLayer`` in ``module``, itself included, a ``BatchFormerLayer``.
 
@@ -89,6 +93,7 @@ def _resembles_an_encoder_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.TransformerEncoderLayer) or type(module).__name__.endswith("EncoderLayer") or parts
 
 
+@suggesting
 def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     """Removes every ``BatchFormer`` for deployment. The evaluation output is unchanged; no parameter of theirs stays.
 
@@ -102,6 +107,9 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
             BatchFormerLayer that stays becomes an ``nn.TransformerEncoderLayer``, as before :func:`convert`. These two
             stay the same objects. What cannot be made plain, such as a subclass with a ``forward`` of its own, stays,
             and a UserWarning says what and why.
+
+    A model without a BatchFormer is returned as it is. If it has a BatchFormerLayer, as :func:`convert` makes them, a
+    UserWarning says that such layers are at work at test time, too.
 
     Returns:
         ``module``, or what replaces it if it is itself a BatchFormer.
@@ -117,6 +125,14 @@ def strip(module: nn.Module, *, plain: bool = False) -> nn.Module:
     _check_module(module)
     removed = BatchFormer | PassThrough
     empty = nn.Identity if plain else PassThrough
+    layers = [m for m in module.modules() if isinstance(m, BatchFormerLayer)]
+    if layers and not plain and not any(isinstance(m, removed) for m in module.modules()):
+        warn(
+            f"strip found no BatchFormer in {type(module).__name__} and changes nothing. BatchFormerLayer, of which it "
+            f"has {len(layers)}, is an encoder layer of the network, at test time, too. strip(module, plain=True) "
+            "makes each an nn.TransformerEncoderLayer again",
+            UserWarning,
+        )
     # A module with two names is replaced under both. In reverse order inner modules come first.
     for name, child in reversed(list(module.named_modules(remove_duplicate=False))):
         if isinstance(child, removed) or _compiled(child, empty):

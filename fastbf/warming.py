@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastbf.backend import building
+from fastbf.suggestions import suggesting
 from fastbf.torch_state import flattened
 
 
+@suggesting
 def warm_up(module: nn.Module, *args: Any, step: Callable[..., Any] | None = None) -> int:
     """Builds the kernels that training and evaluation of a module launch, side by side, and launches none.
 

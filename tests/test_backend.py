@@ -83,11 +83,70 @@ def test_triton_never_falls_back_silently():
         layer(x, src_mask=torch.zeros(4, 4, dtype=torch.bool))
 
 
-def test_what_cannot_be_explained():
-    with pytest.raises(ValueError, match="what must be one of batch_attention"):
-        fastbf.explain("softmax")
-    with pytest.raises(TypeError, match="got Linear"):
-        fastbf.explain(torch.nn.Linear(2, 2))
+FITS = torch.randn(6, 8)
+BAD_FEATURES = {
+    "list": ([1.0], "must be a torch.Tensor, got list"),
+    "int": (FITS.long(), "must have a floating-point dtype"),
+    "sparse": (FITS.to_sparse(), "must be a dense tensor, got one of layout"),
+    "half": (FITS.half(), r"must have the dtype of the weights, torch\.float32, got torch\.float16"),
+    "meta": (FITS.to("meta"), "must be on the device of the weights, cpu, got meta"),
+    "narrow": (FITS[:, :4], "must have 8 channels"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FEATURES)
+@pytest.mark.parametrize(
+    "module", [fastbf.BatchFormer(8), fastbf.BatchFormer(8, forked=True), fastbf.BatchFormerLayer(8, 4),
+               fastbf.SharedClassifier(8, 3)]
+)  # fmt: skip
+def test_explain_refuses_the_features_that_a_call_refuses(module, kind):
+    features, message = BAD_FEATURES[kind]
+    call = module.loss if isinstance(module, fastbf.SharedClassifier) else module
+    targets = [torch.zeros(6, dtype=torch.long)] if call is not module else []
+    for ask in (call, lambda x, *_: fastbf.explain(module, x)):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ask(features, *targets)
+
+
+def test_what_is_no_tensor_is_not_explained_where_pytorch_serves():
+    layer = fastbf.BatchFormerLayer(8, 4, activation=torch.tanh)
+    for ask in (layer, lambda x: fastbf.explain(layer, x)):
+        with pytest.raises(TypeError, match=r"src must be a torch\.Tensor, got list"):
+            ask([1.0])
+
+
+def test_explain_of_a_nested_tensor():
+    nested = torch.nested.nested_tensor([FITS[:2], FITS[2:]])
+    assert fastbf.explain(fastbf.BatchFormerLayer(8, 4), nested).reason == "the input is a nested tensor."
+
+
+def network(*parts):
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), *parts)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("softmax", ValueError, "the name of a function, one of batch_attention, .*; got 'softmax'$"),
+        (3, TypeError, "one of batch_attention, .*; got int$"),
+        (fastbf.SharedClassifier(8, 3).loss, TypeError, "; got method$"),
+        (torch.nn.Linear(2, 2), TypeError, "the name of a function, got Linear, which holds none of them$"),
+        (
+            network(fastbf.BatchFormer(8), fastbf.SharedClassifier(8, 3)),
+            TypeError,
+            r"got Sequential: ask for one of those that it holds, 1 \(BatchFormer\), 2 \(SharedClassifier\)$",
+        ),
+        (network(*map(fastbf.BatchFormer, [8] * 4)), TypeError, r"1 \(BatchFormer\), .*, 3 \(BatchFormer\), …$"),
+        (
+            network(torch.nn.TransformerEncoderLayer(8, 4)),
+            TypeError,
+            r"got Sequential: fastbf\.convert makes a BatchFormerLayer of an nn\.TransformerEncoderLayer$",
+        ),
+    ],
+)
+def test_what_cannot_be_explained(what, error, message):
+    with pytest.raises(error, match=message):
+        fastbf.explain(what)
 
 
 def test_import_does_not_load_triton_nor_initialise_cuda():

@@ -1,7 +1,10 @@
 """Bad input: the error's type, and a message that names the argument and what is allowed."""
 
+import copy
 import inspect
+import pickle
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -81,6 +84,20 @@ CASES = [
     ),
     (lambda: former()(X[:, :4]), ValueError, r"got shape \(6, 4\)$"),
     (
+        lambda: former()(X.T),
+        ValueError,
+        r"got shape \(8, 6\), which fits once two dimensions change places, features\.transpose\(0, 1\)$",
+    ),
+    (lambda: fastbf.BatchFormer(X, Y), TypeError, "dim must be an int, got Tensor: make the module once, and call it"),
+    (lambda: former()(X, torch.cat([Y, Y])), ValueError, r"got 12 in targets\[0\]: give each once, they are repeated"),
+    (
+        lambda: former()(X, Y, True),
+        TypeError,
+        r"got bool as targets\[1\]: a BatchFormer has its own .*, so write former\(features, target\)",
+    ),
+    (lambda: former()(X, nn.Linear(1, 1)), TypeError, r"got Linear as targets\[0\]: a BatchFormer has its own encoder"),
+    (lambda: fastbf.BatchFormer(30), ValueError, "num_heads must divide dim, got 4 for dim=30; 3 does$"),
+    (
         lambda: fastbf.BatchFormer(8)(X, targets=Y),
         TypeError,
         r"by position, got targets=: write former\(features, target",
@@ -101,7 +118,16 @@ CASES = [
     # SharedClassifier
     (lambda: classifier()(X[:, :4], Y), ValueError, "features must have 8 channels"),
     (lambda: classifier()(X, Y.float()), TypeError, "target must hold class indices as int64, or probabilities"),
-    (lambda: classifier()(X, Y.int()), TypeError, "target must hold class indices as int64"),
+    (lambda: classifier()(X, Y.int()), TypeError, r"class indices as int64.* got torch\.int32: target\.long\(\) makes"),
+    (lambda: classifier()(X, Y.float()), TypeError, r"of shape \(6,\): target\.long\(\) makes class indices of it$"),
+    (lambda: classifier()(X, Y.float()[:, None]), ValueError, r"got 1: target\.long\(\)\.squeeze\(-1\) makes class"),
+    (lambda: classifier()(X, Y[:, None]), ValueError, r"got \(6, 1\): target\.squeeze\(-1\) drops the last dimension$"),
+    (lambda: classifier()(X, Y[:, None].repeat(1, 3)), ValueError, r"got \(6, 3\): target\.argmax\(-1\) makes class"),
+    (lambda: classifier()(X, torch.cat([Y, Y])), ValueError, r"got \(12,\): these are two a row, .* call train\(\) if"),
+    (lambda: classifier()(X.T, Y), ValueError, r"got shape \(8, 6\): features\.movedim\(0, -1\) has them there$"),
+    (lambda: fastbf.SharedClassifier(8, 3, [1, 2, 3]), TypeError, "got list; class counts go in class_counts=$"),
+    # surgery
+    (lambda: fastbf.strip(nn.Linear(1, 1).state_dict()), TypeError, "got OrderedDict: load it into a model, and give"),
     (lambda: classifier()(X, Y[:4]), ValueError, r"target must have shape \(6,\), or \(3,\) for a fork"),
     (lambda: classifier()(X[:5], Y), ValueError, r"target must have shape \(5,\) for an input of 5 rows"),
     (lambda: classifier()(X, torch.rand(6, 4)), ValueError, "probability for each of the 3 classes, got 4"),
@@ -452,16 +478,92 @@ def test_a_call_of_the_classifier_with_an_unknown_keyword(given, advice):
         fastbf.SharedClassifier(8, 3)(**{given: X})
 
 
-def test_a_checkpoint_of_an_encoder_layer_suggests_the_prefix():
-    former, state = fastbf.BatchFormer(8), nn.TransformerEncoderLayer(8, 4, 8).state_dict()
-    with pytest.raises(RuntimeError, match=r"Missing key(.|\n)*put the prefix 'layers\.0\.' before every key"):
-        former.load_state_dict(state)
-    assert len(former.load_state_dict(state, strict=False).unexpected_keys) == len(state)
-    former.load_state_dict({f"layers.0.{name}": t for name, t in state.items()}, assign=True)
-    assert former.layers[0].linear1.weight.data_ptr() == state["linear1.weight"].data_ptr()
-    with pytest.raises(RuntimeError) as error:
+def with_prefix(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("inside", "prefix"), [("", ""), ("former.", "former."), ("1.", "1.encoder_layers.")])
+def test_a_checkpoint_of_an_encoder_layer_suggests_its_keys(inside, prefix, strict):
+    """Of a BatchFormer and of a model that holds one, once, whether or not the keys are an error."""
+    former = fastbf.BatchFormer(8)
+    model = {"": former, "former.": nn.ModuleDict({"former": former}), "1.": nn.Sequential(nn.ReLU(), former)}[inside]
+    state = nn.TransformerEncoderLayer(8, 4, 8).state_dict()
+    refused = pytest.raises(RuntimeError, match="Missing key") if strict else nullcontext()
+    with pytest.warns(UserWarning, match="is not loaded") as warned, refused:
+        model.load_state_dict(with_prefix(prefix, state), strict=strict)
+    (message,) = [str(w.message) for w in warned]
+    assert f"'{prefix}self_attn.in_proj_weight' is not loaded" in message
+    assert f"this one to '{inside}layers.0.self_attn.in_proj_weight'" in message
+    assert warned[0].filename == __file__
+
+
+FUNCTIONS = [
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "labels", "did you mean target="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "x", "did you mean features="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "stat", "did you mean stats="),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "xyz", "it takes features, target, reduction, stats"),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "scale", "scale= is an argument of the constructor"),
+    (fastbf.SharedClassifier(8, 3).loss, "SharedClassifier.loss", "weight", "class_weight= is an argument of the con"),
+    (fastbf.BatchFormer(8).mix, "BatchFormer.mix", "x", "did you mean features="),
+    (fastbf.BatchFormer(8).attention_map, "BatchFormer.attention_map", "labels", "it takes features"),
+    (functional.linear_cross_entropy, "linear_cross_entropy", "targets", "did you mean target="),
+    (functional.linear_cross_entropy, "linear_cross_entropy", "features", "did you mean input="),
+    (functional.cross_entropy, "cross_entropy", "labels", "did you mean target="),
+    (functional.batch_attention, "batch_attention", "dropout", "did you mean dropout_p="),
+    (functional.dropout_add_layer_norm, "dropout_add_layer_norm", "p", "did you mean dropout_p="),
+    (functional.activation_dropout, "activation_dropout", "act", "did you mean activation="),
+    (functional.encoder_layer, "encoder_layer", "dropout", "did you mean dropout_p="),
+    (fastbf.strip, "strip", "model", "did you mean module="),
+    (fastbf.convert, "convert", "model", "did you mean module="),
+    (fastbf.explain, "explain", "module", "did you mean what="),
+    (fastbf.make_graphed, "make_graphed", "sample_arg", "did you mean sample_args="),
+    (fastbf.update_average, "update_average", "buffer", "did you mean buffers="),
+    (fastbf.warm_up, "warm_up", "model", "did you mean module="),
+    (fastbf.distributed.gather, "gather", "group", "did you mean process_group="),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "given", "advice"), FUNCTIONS)
+def test_unknown_keywords_of_functions(function, name, given, advice):
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    by_name = {p.name: None for p in needed if p.kind is p.KEYWORD_ONLY}
+    positional = [None] * sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in needed)
+    message = rf"^{name}\(\) got an unexpected keyword argument '{given}': {advice}"
+    with pytest.raises(TypeError, match=message):
+        function(*positional, **by_name, **{given: 3})
+
+
+def test_a_keyword_in_place_of_a_needed_one():
+    for call in (functional.linear_cross_entropy, fastbf.SharedClassifier(8, 3).loss):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'labels': did you mean target=\?"):
+            call(X, labels=Y)
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got nothing"):
+        fastbf.SharedClassifier(8, 3).loss(X)
+    with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got nothing"):
+        fastbf.SharedClassifier(8, 3).loss(target=Y)
+
+
+@pytest.mark.parametrize("function", {name: function for function, name, *_ in FUNCTIONS}.values())
+def test_signatures_are_those_that_are_documented(function):
+    """No ``**unknown``, and a default for what may be left out only."""
+    shown = inspect.signature(function).parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in shown.values())
+    if "target" in shown:
+        assert shown["target"].default is inspect.Parameter.empty
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_of_other_keys_suggests_nothing():
+    former, layer = fastbf.BatchFormer(8), nn.TransformerEncoderLayer(8, 4, 8)
+    former.load_state_dict(with_prefix("layers.0.", layer.state_dict()), assign=True)
+    assert former.layers[0].linear1.weight.data_ptr() == layer.linear1.weight.data_ptr()
+    former.load_state_dict(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
         former.load_state_dict({})
-    assert "prefix" not in str(error.value)
+    former.register_module("inner", fastbf.BatchFormer(8))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(former)))
+    copied.load_state_dict(former.state_dict())
 
 
 def test_class_values_of_a_classifier_from_the_meta_device():

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "docs", "examples", "fastbf", "kernels", "tests")
 pytestmark = pytest.mark.slow
 
+# What names no repository: a hook of git names its own.
+OTHERS = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "FASTBF_"))}
 # A locale in which a text file that is read without an encoding fails at the first letter that is not ASCII.
-ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "gbk", "PYTHONUTF8": "0"}
+ASCII = {**OTHERS, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "gbk", "PYTHONUTF8": "0"}
 
 # Run with -S: packages that are editable in the environment of the tests are not found, one in the given folder is.
 SHOW = """
@@ -66,7 +68,7 @@ def clone(tmp_path_factory):
     clone = tmp_path_factory.mktemp("clone") / "clone"
     clone.mkdir()
     for file in ROOT.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != ".git":  # which is a file in a worktree, and leads to its repository
             shutil.copy(file, clone)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, clone / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,6 +133,38 @@ def test_metadata(built):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert metadata.get_payload(decode=True).decode("utf-8").strip() == readme.strip()
     assert not readme.isascii()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_address_of_the_repository_reaches_the_wheel(clone, tmp_path, again):
+    """Through the sdist, in which there is no repository, and through an sdist that is made of that one."""
+    source, address = tmp_path / "source", "https://example.org/someone/fastbf"
+    shutil.copytree(clone, source, symlinks=True)
+    assert not (source / ".git").exists()
+    for command in (["init", "--quiet"], ["remote", "add", "origin", "git@example.org:someone/fastbf.git"]):
+        subprocess.run(["git", "-C", source, *command], env=OTHERS, check=True)
+    for _ in range(1 + again):
+        run("build", "--no-isolation", "--sdist", "--outdir", tmp_path / "dist", source, cwd=tmp_path, env=ASCII)
+        (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+        shutil.rmtree(source)
+        shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+        (unpacked,) = (tmp_path / "unpacked").iterdir()
+        source = unpacked.rename(source)
+        shutil.rmtree(tmp_path / "unpacked")
+    run("build", "--no-isolation", "--wheel", "--outdir", tmp_path, source, cwd=tmp_path, env=ASCII)
+    (wheel,) = tmp_path.glob("*.whl")
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert len(urls) == 7
+    assert urls["Repository"] == address
+    assert urls["Issues"] == f"{address}/issues"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    readme = metadata.get_payload(decode=True).decode("utf-8")
+    assert "![Points gained" in readme
+    assert f"]({address}/raw/HEAD/examples/pictures/" in readme
+    assert f"]({address}/blob/HEAD/docs/usage.md)" in readme
+    assert (source / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
 
 
 def requirements(wheel):

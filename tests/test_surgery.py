@@ -152,6 +152,28 @@ def test_convert_says_what_it_looks_for_where_nothing_resembles_it():
     assert warned[0].filename == __file__
 
 
+def test_strip_of_a_converted_model_says_that_its_layers_stay():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4), 2, enable_nested_tensor=False)
+    fastbf.convert(model)
+    message = "no BatchFormer in TransformerEncoder .* BatchFormerLayer, of which it has 2, .* at test time, too"
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert fastbf.strip(model) is model
+    assert warned[0].filename == __file__
+    assert sum(isinstance(m, fastbf.BatchFormerLayer) for m in model.modules()) == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("plain", [False, True])
+def test_strip_is_silent_where_it_did_its_work_or_there_is_none(plain):
+    layer = fastbf.BatchFormerLayer(16, 4)
+    net = nn.Sequential(fastbf.BatchFormer(16), layer, fastbf.SharedClassifier(16, 3))
+    for _ in range(1 if plain else 2):
+        fastbf.strip(net, plain=plain)
+    assert (type(layer) is fastbf.BatchFormerLayer) != plain
+    fastbf.strip(nn.Sequential(layer), plain=True)
+    fastbf.strip(nn.Linear(2, 2), plain=plain)  # the other arm of a comparison
+
+
 @pytest.mark.parametrize("function", [fastbf.convert, fastbf.strip])
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got int"):

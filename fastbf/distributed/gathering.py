@@ -18,9 +18,11 @@ from fastbf.distributed.collectives import Pending
 from fastbf.distributed.operators import communicating
 from fastbf.distributed.process_groups import Batch, Facts, confirm, meet, name_of, rank_and_size
 from fastbf.precision import compute_dtype
+from fastbf.suggestions import suggesting
 from fastbf.torch_state import differentiated
 
 
+@suggesting
 def gather(x: Tensor, process_group: Any) -> tuple[Tensor, int]:
     """Gathers all ranks' samples. Gradients are those of the sum of all ranks' losses.
 

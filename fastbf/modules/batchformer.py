@@ -69,6 +69,9 @@ class BatchFormer(nn.Module):
     Attributes:
         layers: ``nn.ModuleList`` of :class:`BatchFormerLayer`.
 
+    A checkpoint of one ``nn.TransformerEncoderLayer`` loads under the names ``layers.0.…``. Where the names lack that,
+    a UserWarning says which to write, for a model that holds the module, too.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it and what is allowed.
 
@@ -121,6 +124,8 @@ class BatchFormer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(dim, Tensor):
+            raise TypeError("dim must be an int, got Tensor: make the module once, and call it, former(features)")
         checks.heads("dim", dim, "num_heads", num_heads)
         checks.positive("num_layers", num_layers)
         for name, value in (("batch_dim", batch_dim), ("channel_dim", channel_dim)):
@@ -146,6 +151,7 @@ class BatchFormer(nn.Module):
             )
             for _ in range(num_layers)
         )
+        self.register_load_state_dict_pre_hook(_warn_of_a_bare_layer)
 
     @property
     def process_group(self) -> Any:
@@ -251,25 +257,7 @@ class BatchFormer(nn.Module):
                 made.is_fork = True  # type: ignore[attr-defined]
         return (fork, *targets) if targets else fork
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; the error for a checkpoint of one encoder layer names the prefix.
-
-        Examples:
-            >>> theirs = torch.nn.TransformerEncoderLayer(32, 4, 32).state_dict()
-            >>> former = fastbf.BatchFormer(32)
-            >>> former.load_state_dict({f"layers.0.{key}": value for key, value in theirs.items()})
-            <All keys matched successfully>
-        """
-        try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
-        except RuntimeError as error:
-            if "self_attn.in_proj_weight" not in state_dict:
-                raise
-            raise RuntimeError(
-                f"{error}\n\tThese are keys of one encoder layer, and a BatchFormer holds a list of layers: put the "
-                "prefix 'layers.0.' before every key, or call former.layers[0].load_state_dict(state_dict)."
-            ) from None
-
+    @suggesting
     def mix(self, features: Tensor) -> Tensor:
         """The mixed stream alone, in the shape of ``features``, in either mode; dropout acts in training only.
 
@@ -284,6 +272,7 @@ class BatchFormer(nn.Module):
     def _mix(self, features: Tensor, dims: tuple[int, int]) -> Tensor:
         return _unflat(self._run(_flat(_samples_first(features, dims)), self.layers), features, dims)
 
+    @suggesting
     def attention_map(self, features: Tensor) -> Tensor:
         """Softmax weights of the last layer, without dropout, which show relations between samples.
 
@@ -323,10 +312,12 @@ class BatchFormer(nn.Module):
                 f"dimension of {rank}-D features"
             )
         if features.shape[dims[1]] != self.dim:
-            fits = [dim for dim, size in enumerate(features.shape) if size == self.dim and dim != dims[0]]
+            fits = [f"channel_dim={dim}" for dim, n in enumerate(features.shape) if n == self.dim and dim != dims[0]]
+            if features.shape[dims[0]] == self.dim:
+                fits.append(f"once two dimensions change places, features.transpose{dims}")
             raise ValueError(
                 f"features must have {self.dim} channels along channel_dim={self.channel_dim}, got shape "
-                f"{tuple(features.shape)}" + (f", which fits channel_dim={fits[0]}" if fits else "")
+                f"{tuple(features.shape)}" + (f", which fits {fits[0]}" if fits else "")
             )
         return dims
 
@@ -360,10 +351,13 @@ def _check_length(i: int, target: Any, n: int) -> None:
         return
     if not isinstance(target, Tensor | list | tuple):
         given = f"{type(target).__name__} as targets[{i}]{checks.as_tensor(target)}"
+        if isinstance(target, nn.Module | bool):  # as in the paper's function
+            given += ": a BatchFormer has its own encoder and its own mode, so write former(features, target)"
         raise TypeError(f"targets must be tensors, lists, tuples or None, got {given}")
     length = len(target) if not isinstance(target, Tensor) else target.shape[0] if target.dim() else None
     if length != n:
         hint = ": transpose it, samples come first" if isinstance(target, Tensor) and n in target.shape[1:] else ""
+        hint = ": give each once, they are repeated here" if length == 2 * n else hint
         raise ValueError(f"targets must have one entry for each of the {n} samples, got {length} in targets[{i}]{hint}")
 
 
@@ -379,6 +373,23 @@ def _is_fork(x: object) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "is_fork")
 
 
+def _warn_of_a_bare_layer(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Says how to rename the keys of an encoder layer that does not stand in a list of layers, before any is loaded.
+
+    It warns, because hooks are not told whether unexpected keys are an error.
+    """
+    known = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    for key in state_dict:
+        if key.startswith(prefix) and key.endswith(_OF_A_LAYER) and not key.startswith(known):
+            warn(
+                f"the encoder layer of '{key}' is not loaded, because a BatchFormer holds a list of layers: rename its "
+                f"keys, this one to '{prefix}layers.0.{_OF_A_LAYER}' and the others likewise",
+                UserWarning,
+            )
+            return
+
+
+_OF_A_LAYER = "self_attn.in_proj_weight"
 _warned: set[str] = set()
 
 

@@ -12,7 +12,7 @@ from fastbf import checks, functional, reference
 from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
-from fastbf.suggestions import suggesting, unexpected
+from fastbf.suggestions import NOTHING, hiding_unknown, names_of, suggesting, unexpected
 from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
 
 
@@ -85,7 +85,7 @@ class SharedClassifier(nn.Linear):
     ) -> None:
         count = checks.positive("num_classes", checks.either("num_classes", num_classes, "out_features", out_features))
         if not isinstance(bias, int):  # True and False are such
-            raise TypeError(f"bias must be True or False, got {type(bias).__name__}; class counts go by their keyword")
+            raise TypeError(f"bias must be True or False, got {type(bias).__name__}; class counts go in class_counts=")
         checks.positive("in_features", in_features)
         super().__init__(in_features, count, bias, device=device, dtype=dtype)
         self.label_smoothing = checks.probability("label_smoothing", label_smoothing)
@@ -205,8 +205,15 @@ class SharedClassifier(nn.Linear):
     def loss(
         self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool
     ) -> Tensor | tuple[Tensor, functional.LossStats]: ...  # fmt: skip
+    @hiding_unknown
     def loss(
-        self, features: Tensor, target: Tensor, *, reduction: str = "mean", stats: bool = False
+        self,
+        features: Tensor = NOTHING,
+        target: Tensor = NOTHING,
+        *,
+        reduction: str = "mean",
+        stats: bool = False,
+        **unknown: Any,
     ) -> Tensor | tuple[Tensor, functional.LossStats]:
         """Cross-entropy of features or of a fork.
 
@@ -233,6 +240,9 @@ class SharedClassifier(nn.Linear):
             >>> stats.accuracy.shape  # of the plain and of the mixed stream
             torch.Size([2])
         """
+        if unknown:
+            settings = names_of(SharedClassifier)
+            raise TypeError(unexpected("SharedClassifier.loss", next(iter(unknown)), names_of(_LOSS), settings))
         if isinstance(features, torch.fx.Proxy):
             return as_leaf(self, _LOSS, features, target, reduction=reduction, stats=stats)
         if isinstance(self._log_prior, LogCounts):
@@ -314,9 +324,10 @@ class SharedClassifier(nn.Linear):
     def _check(self, x: object) -> Tensor:
         features, weight = checks.dense("features", checks.floating("features", x)), self.weight
         if not features.dim() or features.shape[-1] != self.in_features:
+            fits = [dim for dim, size in enumerate(features.shape) if size == self.in_features]
             raise ValueError(
                 f"features must have {self.in_features} channels in the last dimension, got shape "
-                f"{tuple(features.shape)}"
+                f"{tuple(features.shape)}" + (f": features.movedim({fits[-1]}, -1) has them there" if fits else "")
             )
         if features.device != weight.device:
             raise ValueError(f"features must be on the device of the weights, {weight.device}, got {features.device}")
