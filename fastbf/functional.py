@@ -313,11 +313,12 @@ def encoder_layer(
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
     group = None if process_group is None else name_of(process_group)
-    settings = num_heads, activation, dropout_p, norm_first, eps, forked, backend
+    settings = num_heads, activation, dropout_p, norm_first, eps, forked
     kinds = type(num_heads), type(dropout_p), type(eps)
     key = what = None
     if group is None and seed is None:
-        what, other = repeats.what("encoder_layer", x, plain is None, *settings, *kinds), None if plain is x else plain
+        other = None if plain is x else plain
+        what = repeats.what("encoder_layer", x, backend, plain is None, *settings, *kinds)
         if (tape := repeats.find(what, (x, other, *weights))) is not None:
             import fastbf.triton_backend.encoder_layer as kernels
 
@@ -325,7 +326,7 @@ def encoder_layer(
                 return kernels.again(tape, x, other, weights)
             except Exception as error:
                 give_up(choose(backend, "encoder_layer", x), "encoder_layer", x.device, error)
-        key = signature(x, weights, plain is not None, *settings, *kinds)
+        key = signature(x, weights, backend, plain is None, *settings, *kinds)
     known: tuple[Choice, LayerOptions] | None = recall(key)
     if known is None:
         checks.layer(x, weights, num_heads)
@@ -484,11 +485,11 @@ def linear_cross_entropy(
     """
     if unknown:
         raise TypeError(unexpected("linear_cross_entropy", next(iter(unknown)), names_of(linear_cross_entropy)))
-    settings = scale, reduction, ignore_index, label_smoothing, stats, backend
+    settings = scale, reduction, ignore_index, label_smoothing, stats
     tensors = input, linear_weight, linear_bias, logit_bias, target, weight
     kinds = type(scale), type(ignore_index), type(label_smoothing), type(stats)
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
-    what = repeats.what("linear_cross_entropy", input, *requires_grad, *settings, *kinds)
+    what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
         import fastbf.triton_backend.classifier as kernels
 
@@ -498,7 +499,7 @@ def linear_cross_entropy(
             return (made, LossStats(*of_streams)) if stats else made
         except Exception as error:
             give_up(choose(backend, "linear_cross_entropy", input), "linear_cross_entropy", input.device, error)
-    key = signature(input, tensors, *requires_grad, *settings, *kinds)
+    key = signature(input, tensors, backend, *requires_grad, *settings, *kinds)
     known: tuple[Choice, LossOptions] | None = recall(key)
     if known is None:
         checks.classifier(input, linear_weight, linear_bias, weight, logit_bias)

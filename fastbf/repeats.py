@@ -26,7 +26,7 @@ class Tape(NamedTuple):
 
 
 #: Every tape by what it is of.
-tapes: dict[What | None, tuple[Tape, ...]] = {}
+tapes: dict[What, tuple[Tape, ...]] = {}
 
 
 def forget() -> None:
@@ -34,26 +34,29 @@ def forget() -> None:
     tapes.clear()
 
 
-def what(op: str, x: object, *others: Any) -> What | None:
-    """What a call of ``op`` on x depends on besides tensors; None where it must run as written.
+def what(op: str, x: object, backend: object, *others: Any) -> What | None:
+    """What a call of ``op`` on x depends on besides tensors; None where it must run as written, or by PyTorch.
 
     Args:
         op: the function.
         x: its first tensor.
+        backend: what the caller asks for.
         others: the rest of the call. Of numbers also the types, because 1 == True.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_nested or transformed():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_cuda or backend == "triton"):
         return None
-    return (op, x.shape, autocast_dtype(x), *others)
+    if x.is_nested or transformed():
+        return None
+    return (op, x.shape, autocast_dtype(x), backend, *others)
 
 
 def find(what: What | None, tensors: Sequence[object]) -> Tape | None:
     """The tape of a call; None if there is none, or if something sees every operator."""
-    try:
-        found = tapes.get(what)
-    except TypeError:  # an argument that has no hash, which the checks name
+    if what is None or torch.compiler.is_compiling() or watched():  # a compiler would guard the dict, which grows
         return None
-    if not found or torch.compiler.is_compiling() or watched():
+    try:
+        found = tapes.get(what, ())
+    except TypeError:  # an argument that has no hash, which the checks name
         return None
     for tape in found:
         if tape.fits(*tensors):

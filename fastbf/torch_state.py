@@ -228,6 +228,15 @@ def allocator(device: str) -> Callable[..., Tensor] | None:
     return getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
 
 
+def viewer() -> Callable[..., Tensor] | None:
+    """What Inductor's code views by: a function of a tensor, size, strides and a distance in elements.
+
+    Autograd does not know the result for a view. None if this torch has none. Public substitute: ``Tensor.as_strided``,
+    which takes twice as long.
+    """
+    return getattr(torch._C._dynamo.guards, "_reinterpret_tensor", None)
+
+
 def has_onednn_linear() -> bool:
     """Whether this build of torch has :func:`onednn_linear`."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -20,6 +20,7 @@ from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights
 from fastbf.triton_backend.encoder_weights import cast_size, needs_cast
+from fastbf.triton_backend.functions import as_rows
 
 
 class Layer(NamedTuple):
@@ -52,6 +53,17 @@ class Layer(NamedTuple):
         """Of the features, or of the fork."""
         doubles = self.fork in ("x", "plain")
         return (2 * self.shape[0] if doubles else self.shape[0], *self.shape[1:])
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """The features that go through the layer, of those that were given, as [R, C]; a view where memory allows."""
+        matrix = as_rows(x, self.given_rows())
+        if self.fork != "input":
+            return matrix
+        return self.halves(matrix)[1].reshape(self.rows().total(), -1).contiguous()
+
+    def views(self, x: Tensor) -> bool:
+        """Whether :meth:`matrix` is a view of x."""
+        return x.is_contiguous() or (self.fork != "input" and x.movedim(0, -2).is_contiguous())
 
     def rows(self) -> Rows:
         """The rows, as elementwise kernels take them."""

@@ -24,21 +24,24 @@ from fastbf.triton_backend.matmul import linear, linear_into
 def forward(
     x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The layer's result, and the fields of ``encoder_call.Saved``.
+    """The layer's result; x, or the matrix [R, C] that was copied of it; and the fields of ``encoder_call.Saved``.
 
     Args:
-        x: [R, C], contiguous.
-        plain: contiguous; [R, C] if ``layer.fork`` is "plain", a fork [2R, C] if it is "input", else None.
+        x: the features as they were given, of ``layer.shape``.
+        plain: as they; None unless ``layer.fork`` is "plain".
         weights: of the layer.
         layer: the call.
 
     Returns:
         First the result in ``layer.result_shape()``, in memory (N, L, C), or (L, N, C) if ``layer.position_major``.
     """
+    given, x = x, layer.matrix(x)
+    # Autograd looks after changes in place of what was given, and not of a view that is made here.
+    kept = given if layer.views(given) else x
     rows, channels, saved = layer.rows(), x.shape[1], allocate(x, weights, layer)
     dtype = saved.s1.dtype if layer.norm_first else layer.norm
-    plain = x if layer.fork == "x" else plain
-    if plain is not None:
+    if layer.fork:
+        plain = x if layer.fork == "x" else as_rows(given if plain is None else plain, layer.given_rows())
         dtype = torch.promote_types(plain.dtype, dtype)
     out = empty_in_order(layer.result_shape(), layer.position_major, dtype, x.device)
 
@@ -79,4 +82,4 @@ def forward(
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
         y = as_rows(out, Rows(out.shape[0], layer.positions, layer.position_major))
         add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=y, norm=last, plain=plain, drop=drop)
-    return out, *saved
+    return out, kept, *saved

@@ -64,7 +64,7 @@ class _EncoderLayer(Function):
         made = tape.play(what, inputs, seed, found)
         if made is None:
             with tape.noting(what, inputs, seed, layer) as made:
-                made += _results(x, plain, weights, layer._replace(seed=seed))
+                made += forward(x, plain, weights, layer._replace(seed=seed))
         out, kept, *rest = made
         saved = Saved(*rest)
         products = weights[:8:2] if saved.cast is None else (None,) * 4
@@ -84,29 +84,6 @@ class _EncoderLayer(Function):
                 made += _gradients(d_out, saved, layer, needs, dtypes)
         d_x, d_plain, *parameters = made
         return d_x, d_plain, None, None, None, None, *parameters
-
-
-def _matrix(x: Tensor, layer: Layer) -> Tensor:
-    """The features that go through the layer, of x as it was given, as a matrix [R, C]; a view where memory allows."""
-    matrix = as_rows(x, layer.given_rows())
-    if layer.fork != "input":
-        return matrix
-    return layer.halves(matrix)[1].reshape(layer.rows().total(), -1).contiguous()
-
-
-def _is_viewed(x: Tensor, layer: Layer) -> bool:
-    """Whether :func:`_matrix` is a view of x."""
-    return x.is_contiguous() or (layer.fork != "input" and x.movedim(0, -2).is_contiguous())
-
-
-def _results(x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer) -> tuple[Tensor | None, ...]:
-    """The layer's result; x, or what :func:`_matrix` copied of it; and the fields of ``encoder_call.Saved``."""
-    matrix, other = _matrix(x, layer), None
-    if layer.fork in ("plain", "input"):
-        other = as_rows(x if plain is None else plain, layer.given_rows())
-    out, *saved = forward(matrix, other, weights, layer)
-    # Autograd looks after changes in place of x itself, and not of a view that was made here.
-    return out, x if _is_viewed(x, layer) else matrix, *saved
 
 
 def _gradients(
@@ -129,7 +106,7 @@ def _gradients(
         width = saved.hidden.shape[1]
         factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
     wanted = Wanted(needs[0], *needs[2:])
-    x, rows = _matrix(x, layer) if x.shape == layer.shape else x, layer.given_rows()
+    x, rows = layer.matrix(x) if x.shape == layer.shape else x, layer.given_rows()
     d_out = as_rows(d_out, rows._replace(samples=d_out.shape[0]))
     d_plain = None
     if needs[1]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastbf.kernels.launch import Launched, noted, stream_for
 from fastbf.repeats import Results, Tape, What, find, tapes
-from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, allocator, copy_all, no_autocast, watched
+from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, allocator, copy_all, no_autocast, viewer, watched
 
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
@@ -254,7 +254,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             raise _Unrecordable("a view of another dtype")
         if self._is_whole(t):
             return base.name
-        shape, stride, offset = tuple(t.shape), t.stride(), t.storage_offset()
+        shape, stride, offset = tuple(t.shape), t.stride(), int(t.storage_offset())
         if len(shape) == 2 and (shape[::-1], stride[::-1], offset) == (base.shape, base.stride, base.offset):
             return f"{base.name}.t()"
         key = self._geometry(base, t)
@@ -263,10 +263,14 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             names = [self.views.setdefault(part, self._new()) for part in parts]
             self.steps.append(_Step(f"{', '.join(names)}, = {call}"))
         elif key not in self.views:
-            where = f"{base.name}.storage_offset() + {offset - base.offset}" if base.name[0] == "x" else str(offset)
             name = self.views[key] = self._new()
-            self.steps.append(_Step(f"{name} = {base.name}.as_strided({shape}, {stride}, {where})", name))
+            self.steps.append(_Step(f"{name} = {self._part(base, shape, stride, offset - base.offset)}", name))
         return self.views[key]
+
+    def _part(self, base: _Base, shape: tuple[int, ...], stride: tuple[int, ...], distance: int) -> str:
+        if (quick := viewer()) is not None:
+            return f"{self._once(quick)}({base.name}, {shape}, {stride}, {distance})"
+        return f"{base.name}.as_strided({shape}, {stride}, {base.name}.storage_offset() + {distance})"
 
     # Operators
 
