@@ -25,7 +25,7 @@ SHAPES = (
     (4, 512, 512, 1), (4, 128, 512, 1), (4, 128, 4096, 1), (4, 64, 2, 1064),
 )  # fmt: skip
 CANDIDATES = 24  #: of a kernel and shape, at most
-LIVE_VALUES = 160  #: fp32 accumulators and scores that a thread's 255 registers hold beside operands and addresses
+LIVE_VALUES = 208  #: fp32 accumulators and scores that a thread's 255 registers hold beside operands and addresses
 STEP = 1.3  #: how much slower each doubling away from the table's entries is believed to be
 
 
@@ -98,7 +98,8 @@ def candidates(case: Case, limits: Limits) -> list[Config]:
 
 def _grid(case: Case) -> Iterator[Config]:
     rows, narrow, wide = (16, 32, 64, 128), min(32, case.head_dim), max(32, 1 << (case.head_dim - 1).bit_length())
-    chunks = [d for d in (16, 32, 64, 128, 256) if narrow <= d <= wide and case.head_dim <= 8 * d]
+    sizes = (16, 32, 64, 128, 256, 512) if case.kernel == "forward_streaming" else (16, 32, 64, 128, 256)
+    chunks = [d for d in sizes if narrow <= d <= wide and case.head_dim <= 8 * d]
     reload = (False, True) if case.kernel in ("backward_query", "backward_key_value") else (False,)
     return itertools.starmap(Config, itertools.product(rows, rows, chunks, (2, 4, 8), (1, 2, 3, 4), reload))
 

@@ -13,7 +13,7 @@ Every (position, head) pair is a *group*, an attention problem of its own: queri
              computes whole groups, so backward needs the inputs only.
 
 The head dimension is cut into NC chunks of BD channels. So it is padded to the next multiple of BD only, and a tile of
-512 channels has several accumulators.
+many channels has several accumulators.
 
 Shapes: q, o, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; lse and delta (L·H, N)
 fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of q's batch, position and
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule
+from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule, transposes
 from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, operator, seed_or
 from fastbf.kernels.limits import device_limits
 from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
@@ -99,6 +99,21 @@ def _product(b_a, b_b, s, m_a, m_b, D: tl.constexpr, BD: tl.constexpr, PRECISION
 
 
 @triton.jit
+def _scores(a, b, s, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """s + a bᵀ of queries a and keys b, [BM, BN], or [BN, BM] if TRANSPOSED."""
+    if TRANSPOSED:
+        return tl.dot(b, tl.trans(a), s, input_precision=PRECISION)
+    else:
+        return tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
+
+
+@triton.jit
+def _along_queries(x, TRANSPOSED: tl.constexpr):
+    """x [BM] beside scores."""
+    return x[None, :] if TRANSPOSED else x[:, None]
+
+
+@triton.jit
 def _zeros(R: tl.constexpr, BD: tl.constexpr, NC: tl.constexpr):
     chunks = ()
     for _ in tl.static_range(NC):
@@ -119,8 +134,15 @@ def forward_streaming(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉."""
+    """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉.
+
+    With a chunk of 512 channels weights are LATE: they meet their values a step after their keys, and the loop has a
+    step more. So neither product of a step takes the other's result, and on Hopper Triton spreads the warps over rows
+    and columns of both. It spreads them over rows alone where one takes the other's, and of eight warps every two would
+    compute the same 64 rows of scores.
+    """
     NC: tl.constexpr = (D + BD - 1) // BD
+    LATE: tl.constexpr = BD == 512
     program = tl.program_id(0)
     group = first_group + program // tiles
     position, head = group // H, group % H
@@ -139,12 +161,19 @@ def forward_streaming(
     acc = _zeros(BM, BD, NC)
     maximum = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    for start in range(0, M, BN):
+    if LATE:
+        p = tl.zeros((BM, BN), p_v.dtype.element_ty)
+        b_v -= BN * _stride(s_vn)
+    for start in range(0, M + BN if LATE else M, BN):
         m_keys = start + keys < M
         s = tl.zeros((BM, BN), tl.float32)
         for c in tl.static_range(NC):
             k = _load(b_k, m_keys, c, D, BD)
             s = tl.dot(q[c], tl.trans(k), s, input_precision=PRECISION)
+        if LATE:
+            before = start - BN + keys
+            v = _load(b_v, (before >= 0) & (before < M), 0, D, BD)
+            acc = (tl.dot(p, v, acc[0], input_precision=PRECISION),)
         s = tl.where(m_keys[None, :], s * scale_log2, float("-inf"))  # [BM, BN]
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         rescale = tl.exp2(maximum - new_maximum)
@@ -155,11 +184,14 @@ def forward_streaming(
             keep = keep_tile(seed, group, samples, first_key + start, threshold, BN, KEEP)
             p *= tl.where(keep, keep_scale, 0.0)
         p = p.to(p_v.dtype.element_ty)
-        new_acc = ()
-        for c in tl.static_range(NC):
-            v = _load(b_v, m_keys, c, D, BD)
-            new_acc += (tl.dot(p, v, acc[c] * rescale[:, None], input_precision=PRECISION),)
-        acc = new_acc
+        if LATE:
+            acc = (acc[0] * rescale[:, None],)
+        else:
+            new_acc = ()
+            for c in tl.static_range(NC):
+                v = _load(b_v, m_keys, c, D, BD)
+                new_acc += (tl.dot(p, v, acc[c] * rescale[:, None], input_precision=PRECISION),)
+            acc = new_acc
         b_k += BN * _stride(s_kn)
         b_v += BN * _stride(s_vn)
 
@@ -265,14 +297,15 @@ def backward_key_value(
     s_don: tl.int64, s_dol: tl.int64, s_doh: tl.int64,
     s_dkn: tl.int64, s_dkl: tl.int64, s_dkh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
 ):  # fmt: skip
     """A tile of BN keys of one group: dk if NEEDS_DK and dv if NEEDS_DV, which share their strides.
 
     Grid: groups · tiles, tiles = ⌈M / BN⌉.
 
-    Scores are queries by keys, as in forward. In a transposed tile each decision of a Philox call would belong to
-    another thread.
+    Scores are queries by keys, as in forward: in a transposed tile each decision of a Philox call belongs to another
+    thread. They are TRANSPOSED, keys by queries, where warps would else compute the same ones (``transposes``).
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
@@ -297,8 +330,8 @@ def backward_key_value(
     dv = _zeros(BN, BD, NC)
     for start in range(0, N, BM):
         m_rows = start + rows < N
-        s = tl.zeros((BM, BN), tl.float32)
-        dp = tl.zeros((BM, BN), tl.float32)
+        s = tl.zeros((BN, BM) if TRANSPOSED else (BM, BN), tl.float32)
+        dp = tl.zeros((BN, BM) if TRANSPOSED else (BM, BN), tl.float32)
         q, do = (), ()
         if RELOAD:
             s = _product(b_q, b_k, s, m_rows, m_keys, D, BD, PRECISION)
@@ -307,32 +340,39 @@ def backward_key_value(
         else:
             for c in tl.static_range(NC):
                 q += (_load(b_q, m_rows, c, D, BD),)
-                s = tl.dot(q[c], tl.trans(k[c]), s, input_precision=PRECISION)
+                s = _scores(q[c], k[c], s, TRANSPOSED, PRECISION)
             for c in tl.static_range(NC):
                 do += (_load(b_do, m_rows, c, D, BD),)
                 if NEEDS_DK:
-                    dp = tl.dot(do[c], tl.trans(v[c]), dp, input_precision=PRECISION)
+                    dp = _scores(do[c], v[c], dp, TRANSPOSED, PRECISION)
         lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
-        p = tl.where(m_rows[:, None], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
+        m_queries, delta = _along_queries(m_rows, TRANSPOSED), _along_queries(delta, TRANSPOSED)
+        p = tl.where(m_queries, tl.exp2(s * scale_log2 - _along_queries(lse, TRANSPOSED)), 0.0)
         if KEEP != KEEP_ALL:
             samples = first_row + start + rows
             keep = keep_tile(seed, group, samples, first_key + first, threshold, BN, KEEP)
+            if TRANSPOSED:
+                keep = tl.trans(keep)
             mask = tl.where(keep, keep_scale, 0.0)
-            ds = p * (dp * mask - delta[:, None])
+            ds = p * (dp * mask - delta)
             p *= mask
         else:
-            ds = p * (dp - delta[:, None])
+            ds = p * (dp - delta)
         if NEEDS_DV:
-            p = tl.trans(p.to(p_do.dtype.element_ty))
+            p = p.to(p_do.dtype.element_ty)
+            if not TRANSPOSED:
+                p = tl.trans(p)
             new_dv = ()
             for c in tl.static_range(NC):
                 do_c = _load(b_do, m_rows, c, D, BD) if RELOAD else do[c]
                 new_dv += (tl.dot(p, do_c, dv[c], input_precision=PRECISION),)
             dv = new_dv
         if NEEDS_DK:
-            ds = tl.where(m_rows[:, None], ds, 0.0)  # NaN and Inf of v must not enter through rows of zeros
-            ds = tl.trans(ds.to(p_q.dtype.element_ty))
+            ds = tl.where(m_queries, ds, 0.0)  # NaN and Inf of v must not enter through rows of zeros
+            ds = ds.to(p_q.dtype.element_ty)
+            if not TRANSPOSED:
+                ds = tl.trans(ds)
             new_dk = ()
             for c in tl.static_range(NC):
                 q_c = _load(b_q, m_rows, c, D, BD) if RELOAD else q[c]
@@ -341,6 +381,9 @@ def backward_key_value(
         b_q += BM * _stride(s_qn)
         b_do += BM * _stride(s_don)
 
+    if TRANSPOSED:  # computed anew, what is stored where takes no registers in the loop
+        keys += first_row + minus_first_row
+        m_keys = keys < M
     o_dk = _base(kv_position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
     for c in tl.static_range(NC):
         if NEEDS_DK:
@@ -657,5 +700,6 @@ def backward(
     for part in key_value_passes(config):
         needs_dk, needs_dv = needs[1] and part[0], needs[2] and part[1]
         if needs_dk or needs_dv:
-            flags = {**constants, "RELOAD": config.reload, "NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv, **_tiles(config)}
+            flags = {**constants, "RELOAD": config.reload, "TRANSPOSED": transposes(config)}
+            flags |= {"NEEDS_DK": needs_dk, "NEEDS_DV": needs_dv, **_tiles(config)}
             launch(backward_key_value, groups * tiles, q.device, tensors, sizes, flags)

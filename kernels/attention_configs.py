@@ -9,8 +9,8 @@ unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer t
 more and two stages or more (docs/triton-wgmma.md).
 
 Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: backward_packed of 80 and 90 for
-64 channels and of 80 for 512; backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value
-of 80, and of 90 for 512.
+64 channels and of 80 for 512; forward_streaming of 80 for 128 and 256, and of 90 for 384, 512 and few rows of 256;
+backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value of 80, and of 90 for 512.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("forward_streaming", 2, 80): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
-        128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
-        256: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 4, 2)),
+        128: (Config(128, 32, 64, 8, 2), Config(64, 16, 64, 4, 2), Config(16, 128, 128, 4, 2)),
+        256: (Config(128, 16, 128, 8, 2), Config(64, 16, 64, 4, 2), Config(16, 64, 128, 4, 2)),
         512: (Config(32, 32, 256, 8, 2), Config(16, 32, 256, 4, 2)),
     },
     ("forward_streaming", 2, 90): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 64, 32, 4, 3)),
         64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(64, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
+        256: (Config(128, 64, 128, 8, 2), Config(16, 64, 128, 4, 2)),
+        384: (Config(128, 32, 64, 8, 2), Config(32, 32, 128, 4, 2), Config(16, 64, 128, 4, 2)),
+        512: (Config(64, 32, 512, 8, 2), Config(16, 32, 256, 4, 2)),
     },
     ("forward_streaming", 2, 100): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
@@ -126,7 +127,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         96: (Config(128, 64, 32, 8, 2), Config(128, 16, 128, 8, 3)),
         128: (Config(128, 64, 32, 8, 1), Config(128, 16, 128, 8, 3)),
         256: (Config(32, 64, 32, 8, 1), Config(128, 16, 128, 8, 2)),
-        512: (Config(16, 32, 256, 8, 2), Config(16, 16, 128, 4, 2)),
+        512: (Config(64, 16, 128, 8, 2),),
     },
     ("backward_key_value", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
@@ -217,6 +218,15 @@ def packed_slots(config: Config, n: int, m: int) -> int:
 def key_value_passes(config: Config) -> tuple[tuple[bool, bool], ...]:
     """Which of (dk, dv) each launch of backward_key_value computes. With ``reload`` registers hold only one."""
     return ((True, False), (False, True)) if config.reload else ((True, True),)
+
+
+def transposes(config: Config) -> bool:
+    """Whether backward_key_value computes scores keys by queries.
+
+    With more warps than tensor-core tiles of 16 queries several would else compute the same scores. What has more
+    queries than keys is then wider than high, like the products that follow, and each warp gets columns of its own.
+    """
+    return not config.reload and config.block_n < config.block_m < 16 * config.num_warps
 
 
 def architecture(limits: Limits) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fastbf.kernels import activation, add_norm, attention, cross_entropy
-from fastbf.kernels.attention_configs import TABLE, Config, key_value_passes
+from fastbf.kernels.attention_configs import TABLE, Config, key_value_passes, transposes
 from fastbf.kernels.cross_entropy import REGISTERS, alignment, class_tile
 from fastbf.kernels.rng import KEEP_BITS, KEEP_HALVES
 from fastbf.kernels.rows import ACTIVATION_TILE, norm_tile
@@ -92,7 +92,7 @@ def attention_jobs(
     for needs in key_value_passes(config) if kernel == "backward_key_value" else [(True, True)]:
         constants = {
             "D": head_dim, "BM": config.block_m, "BN": config.block_n, "BD": config.block_d, "KEEP": keep,
-            "PRECISION": precision, "RELOAD": config.reload,
+            "PRECISION": precision, "RELOAD": config.reload, "TRANSPOSED": transposes(config),
             "NEEDS_DQ": True, "NEEDS_DK": needs[0], "NEEDS_DV": needs[1],
         }  # fmt: skip
         tiles = "{}x{}x{}, {} warps, {}".format(*config) + ", reload" * config.reload

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fastbf.kernels.attention_configs import TABLE, config_for, packed_slots, schedule
+from fastbf.kernels.attention_configs import TABLE, Config, config_for, packed_slots, schedule, transposes
 from fastbf.kernels.limits import KIB, Limits
 
 A100 = Limits(163 * KIB, 108, (8, 0), 80 * KIB**3)
@@ -22,11 +22,19 @@ def test_every_head_dimension_has_tiles(kernel, itemsize, limits):
     for head_dim, n, groups in itertools.product(range(8, 513, 8), (1, 30, 64, 500, 65_536), (1, 4, 100_000)):
         config = config_for(kernel, n, n, groups, head_dim, itemsize, limits)
         for tile in config[:3]:
-            assert tile in (16, 32, 64, 128, 256)
+            assert tile in (16, 32, 64, 128, 256, 512)
         # What keep_tile can draw, and what the reciprocal of a packed tile's row count is exact for.
         assert config.block_n <= 128
         if kernel.endswith("packed"):
             assert packed_slots(config, min(n, 32), min(n, 32)) >= 1
+
+
+def test_backward_computes_scores_keys_by_queries_where_warps_outnumber_tiles_of_16_queries():
+    assert transposes(Config(32, 16, 128, 4, 2))
+    assert transposes(Config(64, 16, 128, 8, 2))
+    assert not transposes(Config(64, 16, 128, 4, 2))  # a tile for each warp
+    assert not transposes(Config(16, 32, 128, 4, 2))  # keys by queries they would have fewer columns
+    assert not transposes(Config(32, 16, 128, 4, 2, reload=True))
 
 
 def test_the_table_has_nothing_else():

@@ -26,6 +26,8 @@ STREAMING = (
     Config(16, 64, 128, 4, 2),
     Config(32, 32, 64, 4, 2, reload=True),
 )
+# Scores keys by queries in backward; one chunk of all channels, whose weights meet their values a step later.
+SPREAD = (Config(32, 16, 128, 4, 2), Config(32, 32, 512, 8, 2))
 PACKED = (Config(64, 64, 64, 4, 1), Config(32, 32, 32, 4, 1))
 
 
@@ -86,6 +88,22 @@ def test_streaming(n, m, positions, d, p, dtype, config, force, guards):
     assert_as_exact_as_eager(inputs(n, m, positions, 2, d, dtype=dtype), p)
 
 
+@pytest.mark.parametrize("config", SPREAD)
+@pytest.mark.parametrize(
+    ("n", "m", "d", "p", "dtype"),
+    [
+        (1, 200, 64, 0.5, torch.float32),
+        (70, 1, 24, 0.1, torch.float16),
+        (64, 64, 512, 0.0, torch.float32),
+        (127, 33, 504, 0.1, torch.float16),
+        (100, 127, 96, 0.5, torch.float16),
+    ],
+)
+def test_streaming_where_warps_share_out_the_scores(n, m, d, p, dtype, config, force, guards):
+    force("streaming", config)
+    assert_as_exact_as_eager(inputs(n, m, 2, 2, d, dtype=dtype), p)
+
+
 def packed_cases():
     lengths = ((1, 1), (2, 2), (7, 7), (16, 16), (32, 32), (2, 7), (16, 1), (1, 31), (27, 3))
     turns = zip(
@@ -124,6 +142,7 @@ def test_dropping_everything_gives_zeros():
 @pytest.mark.parametrize(
     ("schedule", "config"),
     [("streaming", Config(bm, bn, 128, 4, 2)) for bm, bn in ((16, 16), (16, 32), (64, 64), (32, 128))]
+    + [("streaming", config) for config in SPREAD]
     + [("packed", Config(b, b, 128, 4, 1)) for b in (32, 64)],
 )
 def test_masks_are_those_of_the_definition_bit_for_bit(schedule, config, p, force):
@@ -196,8 +215,10 @@ def test_same_seed_same_bits_and_nothing_overwritten(n):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("n", [3, 40])
-def test_what_is_not_finite_stays_in_its_group_and_shows(n, which, bad):
+@pytest.mark.parametrize(("n", "config"), [(3, None), (40, None), *((40, config) for config in SPREAD)])
+def test_what_is_not_finite_stays_in_its_group_and_shows(n, config, which, bad, force):
+    if config:
+        force("streaming", config)
     tensors = inputs(n, n, 8, 2, 16)
     with torch.no_grad():
         tensors[which][1, 3, 1, 5] = bad
@@ -208,7 +229,10 @@ def test_what_is_not_finite_stays_in_its_group_and_shows(n, which, bad):
         assert torch.equal(o.isfinite(), e.isfinite())
 
 
-def test_an_infinite_key_that_gets_no_weight_changes_no_other_gradient():
+@pytest.mark.parametrize("config", [None, *SPREAD])
+def test_an_infinite_key_that_gets_no_weight_changes_no_other_gradient(config, force):
+    if config:
+        force("streaming", config)
     q, k, v = inputs(40, 40, 2, 16)
     with torch.no_grad():
         q[..., 3] = q[..., 3].abs() + 1
