@@ -1,7 +1,8 @@
 """What surrounds a call (autocast, a compiler, a functional transform), and every private name of torch in fastbf.
 
 A private name may change in any release of torch. Each is read by one function here, whose docstring names the public
-substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11.0 and 2.12.0 have the names.
+substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11.0 and 2.12.0 have the names. Those of
+:func:`allocator` and :func:`viewer` were tried with 2.13.0; where one is missing, public names serve.
 """
 
 from __future__ import annotations

@@ -109,6 +109,21 @@ def test_a_repeated_call_checks_nothing_but_its_tensors(monkeypatch, plays):
     assert plays["by a tape"] == 8
 
 
+def test_without_names_of_inductors_code(monkeypatch, plays):
+    """Another torch may lack them."""
+    assert tape.allocator("cpu") is not None
+    assert tape.viewer() is not None
+    for name in ("allocator", "viewer"):
+        monkeypatch.setattr(tape, name, lambda *_: None)
+    step = Step()
+    step.x, step.y = features(3, 2), torch.randint(0, K, (3, 2))
+    for _ in range(2):
+        step()
+    assert_as_written(step)
+    assert plays["by a tape"] == 4
+    assert any("as_strided" in t.source for held in tape.tapes.values() for t in held)
+
+
 def test_what_looks_alike_meets_the_checks():
     layer = fastbf.BatchFormerLayer(C, 1, C, 0.0, backend="triton")
     weights, x = layer._weights(), features()
