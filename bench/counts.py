@@ -25,7 +25,7 @@ from bench.ops import Problem
 from bench.providers import PROVIDERS
 from bench.tiles import PRODUCTS
 from bench.workloads import Workload
-from fastbf import backend, checks, signatures
+from fastbf import backend, checks, repeats, signatures
 from fastbf.kernels import activation, add_norm, attention, cross_entropy, launch
 from fastbf.triton_backend import classifier, encoder_backward, tape
 from fastbf.triton_backend import encoder_layer as autograd
@@ -127,7 +127,7 @@ def _as_on_a_gpu(counter: Counter) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "launch", counter.kernel))
         stack.enter_context(mock.patch.object(launch, "watched", return_value=False))
         stack.enter_context(mock.patch.dict(signatures._found, clear=True))
-        stack.enter_context(mock.patch.dict(tape.tapes, clear=True))
+        stack.enter_context(mock.patch.dict(repeats.tapes, clear=True))
         stack.enter_context(mock.patch.object(tape, "_is_second", return_value=False))
         stack.enter_context(mock.patch.object(classifier, "product_into", counter.product_into))
         stack.enter_context(mock.patch.object(encoder_backward, "weight_gradient", counter.weight_gradient))

@@ -11,8 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastbf import backend, signatures
-from fastbf.triton_backend import tape
+from fastbf import backend, repeats, signatures
 
 
 class _Driver:
@@ -47,7 +46,7 @@ class _Driver:
 def _forget() -> None:
     """What is known of a signature, and its launches, are this driver's."""
     signatures.forget()
-    tape.forget()
+    repeats.forget()
 
 
 @contextmanager

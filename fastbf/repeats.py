@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +27,46 @@ class Tape(NamedTuple):
     source: str  #: of both functions
 
 
+#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 30 KB.
+MOST_TAPES, MOST_SEEN = 512, 4096
+
 #: Every tape by what it is of.
 tapes: dict[What, tuple[Tape, ...]] = {}
+_held: deque[tuple[What, Tape]] = deque()
+_seen: dict[What, int] = {}
+_lock = Lock()
 
 
 def forget() -> None:
-    """Forgets every call, where a choice changes: a kernel that could not be built."""
-    tapes.clear()
+    """Forgets every call, where a choice changes: a kernel that could not be built, or that is exchanged."""
+    with _lock:
+        tapes.clear()
+        _held.clear()
+        _seen.clear()
+
+
+def is_second(signature: What) -> bool:
+    """Whether a call comes for the second time."""
+    with _lock:
+        try:
+            before = _seen.get(signature, 0)
+        except TypeError:  # an argument that has no hash
+            return False
+        _seen[signature] = before + 1
+        while len(_seen) > MOST_SEEN:
+            del _seen[next(iter(_seen))]
+    return before == 1
+
+
+def hold(what: What, tape: Tape) -> None:
+    """Holds a tape for calls of ``what``."""
+    with _lock:
+        tapes[what] = *tapes.get(what, ()), tape
+        _held.append((what, tape))
+        if len(_held) > MOST_TAPES:
+            oldest, gone = _held.popleft()
+            if others := tuple(t for t in tapes.pop(oldest, ()) if t is not gone):
+                tapes[oldest] = others
 
 
 def what(op: str, x: object, backend: object, *others: Any) -> What | None:
@@ -58,7 +93,7 @@ def find(what: What | None, tensors: Sequence[object]) -> Tape | None:
         found = tapes.get(what, ())
     except TypeError:  # an argument that has no hash, which the checks name
         return None
-    for tape in found:
-        if tape.fits(*tensors):
-            return tape
-    return None
+    try:
+        return next((tape for tape in found if tape.fits(*tensors)), None)
+    except RuntimeError:  # a tensor without strides
+        return None

@@ -232,8 +232,8 @@ def allocator(device: str) -> Callable[..., Tensor] | None:
 def viewer() -> Callable[..., Tensor] | None:
     """What Inductor's code views by: a function of a tensor, size, strides and a distance in elements.
 
-    Autograd does not know the result for a view. None if this torch has none. Public substitute: ``Tensor.as_strided``,
-    which takes twice as long.
+    Autograd does not know the result for a view, and does not notice changes in place. None if this torch has none.
+    Public substitute: ``Tensor.as_strided``, which takes twice as long.
     """
     return getattr(torch._C._dynamo.guards, "_reinterpret_tensor", None)
 
@@ -330,6 +330,7 @@ def encoder_parts(layer: nn.TransformerEncoderLayer, kind: type) -> tuple[Any, .
     )  # fmt: skip
 
 
+#: In the order of the result.
 _ENCODER_PARTS = "self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"
 
 

@@ -23,7 +23,7 @@ def _seeded():
 def _nothing_remembered():
     """Tests exchange kernels, launches and checks; what is known of a signature is known of theirs."""
     yield
-    for name in ("fastbf.signatures", "fastbf.triton_backend.tape"):
+    for name in ("fastbf.signatures", "fastbf.repeats"):
         if name in sys.modules:
             sys.modules[name].forget()
 

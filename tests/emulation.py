@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastbf import backend, functional, signatures
+from fastbf import backend, functional, repeats, signatures
 from fastbf.dropout import Dropout, Site
 from fastbf.dropout import attention_mask as materialised_attention_mask
 from fastbf.dropout import elementwise_mask as materialised_elementwise_mask
@@ -47,7 +47,7 @@ def as_on_gpu(shared_memory: int, processors: int, capability: tuple[int, int], 
         stack.enter_context(patch.object(functional, "_needs_seed", lambda *_: True))
         stack.enter_context(patch.dict(launch._compiled, clear=True))
         stack.enter_context(patch.dict(signatures._found, clear=True))
-        stack.enter_context(patch.dict(tape.tapes, clear=True))
+        stack.enter_context(patch.dict(repeats.tapes, clear=True))
         stack.enter_context(patch.object(tape, "_is_second", lambda *_: False))  # each launch is made as written
         if tf32:
             allowed = {"PRECISION": "tf32"}

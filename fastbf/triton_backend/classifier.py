@@ -344,8 +344,9 @@ def linear_cross_entropy(
 def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A call that a tape fits, given input, linear_weight, linear_bias, logit_bias, target and weight."""
     given = *tensors, found.of, None, found
-    apply, _ = prepared(_Classifier, given, built=True)
-    loss, of_streams = apply(*given)
+    apply, ahead = prepared(_Classifier, given)
+    with ahead:
+        loss, of_streams = apply(*given)
     return _with_streams(loss, of_streams, found.of)
 
 

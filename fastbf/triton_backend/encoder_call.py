@@ -1,8 +1,8 @@
 """A call of an encoder layer on kernels: its numbers, and the tensors that forward saves for backward.
 
-All tensors are matrices of R = N · L rows of channels in memory order (``kernels/rows.py``). Matrix products take rows
-in any order, elementwise kernels find the sample and position of a row, and attention reads and writes by strides. So
-no layout is transposed.
+Between the features and the result all tensors are matrices of R = N · L rows of channels in memory order
+(``kernels/rows.py``). Matrix products take rows in any order, elementwise kernels find the sample and position of a
+row, and attention reads and writes by strides. So no layout is transposed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Layer(NamedTuple):
         return Rows(self.shape[0], self.positions, self.position_major)
 
     def result_shape(self) -> tuple[int, ...]:
-        """Of the features, or of the fork."""
-        doubles = self.fork in ("x", "plain")
-        return (2 * self.shape[0] if doubles else self.shape[0], *self.shape[1:])
+        """Of the features or of the fork, or in memory order (L, N, C) of the matrix of their rows."""
+        count = 2 * self.shape[0] if self.fork in ("x", "plain") else self.shape[0]
+        return (count * self.positions, self.shape[-1]) if self.position_major else (count, *self.shape[1:])
 
     def matrix(self, x: Tensor) -> Tensor:
         """The features that go through the layer, of those that were given, as [R, C]; a view where memory allows."""

@@ -11,13 +11,12 @@ from torch import Tensor
 from fastbf.dropout import Site
 from fastbf.kernels import activation, add_norm, attention
 from fastbf.kernels.add_norm import NO_NORM, Norm
-from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights, split_qkv
 from fastbf.torch_state import no_autocast
 from fastbf.triton_backend import attention_across_ranks
 from fastbf.triton_backend.encoder_call import Layer, allocate
 from fastbf.triton_backend.encoder_weights import cast
-from fastbf.triton_backend.functions import as_rows, empty_in_order, empty_like
+from fastbf.triton_backend.functions import as_rows, empty_like
 from fastbf.triton_backend.matmul import linear, linear_into
 
 
@@ -33,7 +32,7 @@ def forward(
         layer: the call.
 
     Returns:
-        First the result in ``layer.result_shape()``, in memory (N, L, C), or (L, N, C) if ``layer.position_major``.
+        First the result in ``layer.result_shape()``.
     """
     given, x = x, layer.matrix(x)
     # Autograd looks after changes in place of what was given, and not of a view that is made here.
@@ -43,7 +42,7 @@ def forward(
     if layer.fork:
         plain = x if layer.fork == "x" else as_rows(given if plain is None else plain, layer.given_rows())
         dtype = torch.promote_types(plain.dtype, dtype)
-    out = empty_in_order(layer.result_shape(), layer.position_major, dtype, x.device)
+    out = torch.empty(layer.result_shape(), dtype=dtype, device=x.device)
 
     with no_autocast(x):
         narrow = [] if layer.norm_first or saved.normed is None else [(saved.normed, x)]
@@ -80,6 +79,6 @@ def forward(
         branch = linear(u, w.linear2_weight, w.linear2_bias)
 
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
-        y = as_rows(out, Rows(out.shape[0], layer.positions, layer.position_major))
+        y = out.view(-1, channels)
         add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=y, norm=last, plain=plain, drop=drop)
     return out, kept, *saved

@@ -22,7 +22,6 @@ from fastbf.triton_backend.encoder_call import Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
 from fastbf.triton_backend.encoder_weights import Factors, cast_factors
 from fastbf.triton_backend.functions import (
-    as_rows,
     by_kernels,
     dense,
     from_rows,
@@ -34,7 +33,7 @@ __all__ = ["again", "encoder_layer"]
 
 
 class _EncoderLayer(Function):
-    """A whole encoder layer of rows [R, C]; R = N · L.
+    """A whole encoder layer of features in their own shape, of R = N · L rows.
 
     Saves x, the seed, the weights and what ``encoder_call.Saved`` lists. The table has the bytes a row for F = C,
     post-norm and ReLU, and those that autograd keeps of ``nn.TransformerEncoderLayer``, without attention's lse and the
@@ -107,7 +106,7 @@ def _gradients(
         factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
     wanted = Wanted(needs[0], *needs[2:])
     x, rows = layer.matrix(x) if x.shape == layer.shape else x, layer.given_rows()
-    d_out = as_rows(d_out, rows._replace(samples=d_out.shape[0]))
+    d_out = d_out.contiguous().view(-1, layer.shape[-1])
     d_plain = None
     if needs[1]:
         d_plain = from_rows(layer.halves(d_out)[0].reshape(-1, d_out.shape[1]).to(of_plain), rows, layer.shape)
@@ -164,19 +163,29 @@ def encoder_layer(
     if batch is not None:
         layer, what = layer._replace(batch=batch), None
     elif what is None:
-        what = "encoder_layer", layer
+        what = "encoder_layer", layer, seed is None
     given = x, other, seed, layer, what, None, *tensors
     apply, ahead = prepared(_EncoderLayer, given, built=batch is not None)
     with ahead:
-        return apply(*given)
+        return _in_shape(apply(*given), layer)
 
 
 def again(found: Tape, x: Tensor, other: Tensor | None, weights: LayerWeights) -> Tensor:
     """A call that a tape fits; ``other`` is ``plain``, unless that is x."""
     seed = draw_seed(x.device) if found.draws else None
     given = x, other, seed, found.of, None, found, *weights
-    apply, _ = prepared(_EncoderLayer, given, built=True)
-    return apply(*given)
+    apply, ahead = prepared(_EncoderLayer, given)
+    with ahead:
+        return _in_shape(apply(*given), found.of)
+
+
+def _in_shape(out: Tensor, layer: Layer) -> Tensor:
+    """The Function's result in the features' dimensions.
+
+    In memory order (L, N, C) this is a view, whose node in the graph brings the gradient into that order, and frees
+    what it copies.
+    """
+    return from_rows(out, layer.given_rows(), layer.shape) if layer.position_major else out
 
 
 @lru_cache(maxsize=1024)

@@ -72,19 +72,6 @@ def order_of(x: Tensor) -> Rows:
     return Rows(samples, x.shape[1], not x.is_contiguous() and x.stride(0) < x.stride(1))
 
 
-def empty_in_order(
-    shape: tuple[int, ...], position_major: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:  # fmt: skip
-    """A tensor (N, …, C), in memory (N, L, C) or (L, N, C)."""
-    samples, *positions, channels = shape
-    if not (position_major and positions):
-        return torch.empty(shape, dtype=dtype, device=device)
-    strides, step = [1], samples * channels
-    for size in reversed(positions):
-        strides, step = [step, *strides], step * size
-    return torch.empty_strided(shape, (channels, *strides), dtype=dtype, device=device)
-
-
 def as_rows(x: Tensor, rows: Rows) -> Tensor:
     """x (N, …, C) as a matrix [R, C] in the order of ``rows``, contiguous."""
     if x.dim() == 2:

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -24,26 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf.kernels.launch import Launched, noted, stream_for
-from fastbf.repeats import Results, Tape, What, find, tapes
+from fastbf.repeats import Results, Tape, What, find, hold, is_second
 from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, allocator, copy_all, no_autocast, viewer, watched
 
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
-
-#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 30 KB.
-MOST_TAPES, MOST_SEEN = 512, 4096
-
-_held: deque[tuple[What, Tape]] = deque()
-_seen: dict[What, int] = {}
-_lock = Lock()
-
-
-def forget() -> None:
-    """Forgets every tape. Whoever exchanges launches or kernels does so before and after."""
-    with _lock:
-        tapes.clear()
-        _held.clear()
-        _seen.clear()
 
 
 def play(
@@ -54,7 +37,7 @@ def play(
     Args:
         what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
         tensors: all that it reads, on the device of the first, which is not None.
-        seed: one that was made for this call.
+        seed: that of the call, which no tape looks at.
         tape: the one that fits, if it was found already.
     """
     tape = tape or find(what, tensors)
@@ -85,7 +68,7 @@ def noting(
     with recorder, noted(recorder.launched):
         yield results
     with suppress(_Unrecordable):
-        _hold(what, recorder.tape(results, of))
+        hold(what, recorder.tape(results, of))
 
 
 def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
@@ -96,24 +79,8 @@ def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
     of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
     given = [t for t in tensors if t is not None]
     distinct = len({id(t) for t in given}) == len(given)
-    key = (*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)
-    with _lock:
-        before = _seen.get(key, 0)
-        _seen[key] = before + 1
-        while len(_seen) > MOST_SEEN:
-            del _seen[next(iter(_seen))]
     aligned = not any(t.data_ptr() % 16 for t in given)
-    return before == 1 and distinct and aligned
-
-
-def _hold(what: What, tape: Tape) -> None:
-    with _lock:
-        tapes[what] = *tapes.get(what, ()), tape
-        _held.append((what, tape))
-        if len(_held) > MOST_TAPES:
-            oldest, gone = _held.popleft()
-            if others := tuple(t for t in tapes.pop(oldest, ()) if t is not gone):
-                tapes[oldest] = others
+    return is_second((*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)) and distinct and aligned
 
 
 class _Unrecordable(Exception):
@@ -249,6 +216,14 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         self.fresh.pop(base.name, None)
         return self._view(base, t)
 
+    def _returned(self, t: Tensor) -> str:
+        """An expression for a result. A part of an input is a view that autograd knows, and checks for changes."""
+        base = self._owner(t)
+        if base.name not in self.inputs or self._is_whole(t):
+            return self._read(t)
+        distance = int(t.storage_offset()) - base.offset
+        return f"{base.name}.as_strided({tuple(t.shape)}, {t.stride()}, {base.name}.storage_offset() + {distance})"
+
     def _view(self, base: _Base, t: Tensor) -> str:
         if t.dtype != base.dtype:
             raise _Unrecordable("a view of another dtype")
@@ -349,7 +324,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         """The tape of what was noted, a call of ``of``."""
         if self.failure:
             raise _Unrecordable(self.failure)
-        returned = ", ".join("None" if t is None else self._read(t) for t in results)
+        returned = ", ".join("None" if t is None else self._returned(t) for t in results)
         steps = [step for step in self.steps if step is not None]
         addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
         seed, inputs = self.seed[0], list(self.inputs)

@@ -9,9 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import JITFunction
 
 import fastbf
-from fastbf import functional
+from fastbf import functional, repeats
 from fastbf.kernels import launch, probe
-from fastbf.triton_backend import tape
 
 N, C, K = 48, 64, 10
 
@@ -19,7 +18,7 @@ N, C, K = 48, 64, 10
 @pytest.fixture
 def modules(cuda):
     yield fastbf.BatchFormer(C, backend="triton"), fastbf.SharedClassifier(C, K, backend="triton")
-    tape.forget()
+    repeats.forget()
 
 
 def features(n=N, *positions, dtype=torch.float32):
@@ -221,7 +220,7 @@ def test_warm_up(amp, frozen, cuda):
     assert cuda.loads == built == len(launch._compiled)
     with autocast(amp):
         assert fastbf.warm_up(net, x, y) == 0
-    tape.forget()
+    repeats.forget()
 
 
 def test_warm_up_of_a_step(cuda):
@@ -230,7 +229,7 @@ def test_warm_up_of_a_step(cuda):
     built = fastbf.warm_up(net, x, y, step=step)
     step(net.train(), x, y)["loss"].backward()
     assert cuda.loads == built
-    tape.forget()
+    repeats.forget()
 
 
 def test_warm_up_raises_what_the_step_raises(cuda):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
-from fastbf import backend, functional, signatures
+from fastbf import backend, functional, repeats, signatures
 from fastbf.kernels import launch
 from fastbf.triton_backend import tape
 
@@ -121,7 +121,7 @@ def test_without_names_of_inductors_code(monkeypatch, plays):
         step()
     assert_as_written(step)
     assert plays["by a tape"] == 4
-    assert any("as_strided" in t.source for held in tape.tapes.values() for t in held)
+    assert any("as_strided" in t.source for held in repeats.tapes.values() for t in held)
 
 
 def test_what_looks_alike_meets_the_checks():
@@ -139,32 +139,46 @@ def test_what_looks_alike_meets_the_checks():
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             functional.encoder_layer(x, *weights, **{**arguments, name: value})
-    for other in (x.double(), x[None, 0, 0], x[:, :4], x.to("meta"), x.tolist(), x.to_sparse()):
+    others = x.double(), x[None, 0, 0], x[:, :4], x.to("meta"), x.tolist(), x.to_sparse(), x.detach().to_sparse_csr()
+    for other in others:
         with pytest.raises((TypeError, ValueError), match=r"must|cannot"):
             functional.encoder_layer(other, *weights, **arguments)
     for i, weight in ((0, weights[0].double()), (1, torch.randn(C)), (4, weights[4].tolist()), (8, None)):
         others = [*weights[:i], weight, *weights[i + 1 :]]
         with pytest.raises((TypeError, ValueError), match=r"must|cannot"):
             functional.encoder_layer(x, *others, **arguments)
-    numbers = {**arguments, "eps": np.float64(1e-5), "dropout_p": np.float64(0.0)}
+    numbers = {**arguments, "eps": np.float64(1e-5), "dropout_p": np.float64(0.0), "forked": []}
     for _ in range(4):
         functional.encoder_layer(x, *weights, **numbers)
 
 
-def test_a_kernel_that_is_refused_ends_repeated_calls():
-    """The backward's, say: the next step takes PyTorch, though forward has a tape."""
+def test_a_seed_that_is_given_and_none():
+    """A rate that drops nothing, with and without a seed."""
+    weights, x = fastbf.BatchFormerLayer(C, 1, C)._weights(), features()
+    for p in (1e-7, 1e-7, 1e-7, 0.0, 0.0, 0.0, 1e-7):
+        functional.encoder_layer(x, *weights, num_heads=1, dropout_p=p, seed=5, backend="triton")
+    of_calls = [what for what in repeats.tapes if what[0] == "encoder_layer" and what[1:2] != (x.shape,)]
+    assert {what[-1] for what in of_calls} == {True, False}  # whether there is no seed
+
+
+def test_a_kernel_that_is_refused_ends_repeated_calls(plays):
+    """The backward's, say: the next step takes PyTorch, though forward has a tape. Other kernels get tapes again."""
     step = Step()
     for _ in range(3):
         step()
-    assert tape.tapes
+    assert repeats.tapes
     backend.unbuilt("encoder_layer", torch.device("cpu"), RuntimeError("boom"))
     try:
-        assert not tape.tapes
+        assert not repeats.tapes
         with pytest.raises(ValueError, match="boom"):
             step()
     finally:
         backend._failed.clear()
         signatures.forget()
+    plays.clear()
+    for _ in range(3):
+        step()
+    assert plays["by a tape"] == 4
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
@@ -191,6 +205,14 @@ def test_features_with_positions_that_were_changed_in_place(batch_dim):
             x.add_(1)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 made.sum().backward()
+    classes, shares = torch.randint(0, K, (4, 3)), torch.rand(4, 3, K)
+    for target in (classes, shares):
+        for _ in range(4):
+            labels = target.clone()
+            loss = classifier.loss(features(4, 3), labels)
+            labels.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
 
 
 def _attention(n, p):
@@ -568,22 +590,22 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert tape.tapes
+    assert repeats.tapes
 
 
 def test_bounded(monkeypatch):
     """Batches of ever new sizes hold no more than a fixed number of tapes and signatures."""
-    monkeypatch.setattr(tape, "MOST_TAPES", 6)
-    monkeypatch.setattr(tape, "MOST_SEEN", 20)
+    monkeypatch.setattr(repeats, "MOST_TAPES", 6)
+    monkeypatch.setattr(repeats, "MOST_SEEN", 20)
     for n in range(1, 40):
         x = torch.randn(n, 4)
         for _ in range(2):
             with tape.noting(("bounded", n % 3), (x,)) as made:
                 made += (torch.mm(x.t(), x),)
-    assert len(tape._held) == 6
-    assert sum(map(len, tape.tapes.values())) == 6
-    assert len(tape._seen) == 20
-    assert all(tape.tapes.values())
+    assert len(repeats._held) == 6
+    assert sum(map(len, repeats.tapes.values())) == 6
+    assert len(repeats._seen) == 20
+    assert all(repeats.tapes.values())
 
 
 def test_a_tape_holds_no_tensor():
