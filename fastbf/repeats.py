@@ -90,10 +90,9 @@ def find(what: What | None, tensors: Sequence[object]) -> Tape | None:
     if what is None or torch.compiler.is_compiling() or watched():  # a compiler would guard the dict, which grows
         return None
     try:
-        found = tapes.get(what, ())
-    except TypeError:  # an argument that has no hash, which the checks name
-        return None
-    try:
-        return next((tape for tape in found if tape.fits(*tensors)), None)
-    except RuntimeError:  # a tensor without strides
-        return None
+        for tape in tapes.get(what, ()):
+            if tape.fits(*tensors):
+                return tape
+    except (TypeError, RuntimeError):  # an argument that has no hash, a tensor without strides: checks name both
+        pass
+    return None
