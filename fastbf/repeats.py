@@ -86,8 +86,11 @@ def what(op: str, x: object, backend: object, *others: Any) -> What | None:
 
 
 def find(what: What | None, tensors: Sequence[object]) -> Tape | None:
-    """The tape of a call; None if there is none, or if something sees every operator."""
-    if what is None or torch.compiler.is_compiling() or watched():  # a compiler would guard the dict, which grows
+    """The tape of a call; None if there is none, or if something sees every operator.
+
+    Under a compiler ``what`` is None: it would guard the dictionary, which grows.
+    """
+    if what is None or watched():
         return None
     try:
         for tape in tapes.get(what, ()):
