@@ -49,7 +49,7 @@ def _instead_of_a_gpu(launches: AbstractContextManager[object]) -> Iterator[torc
     """The CPU, where launches go as the context says, in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with launches, mock.patch.object(checks, "class_indices", _unchecked):
+    with launches, mock.patch.object(checks, "index_range", _unchecked):
         yield torch.device("cpu")
     torch.set_num_threads(threads)
 

@@ -308,7 +308,7 @@ def encoder_layer(
     """
     if unknown:
         raise TypeError(unexpected("encoder_layer", next(iter(unknown)), names_of(encoder_layer)))
-    weights = LayerWeights(
+    given = (
         in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
     )  # fmt: skip
@@ -319,14 +319,13 @@ def encoder_layer(
     if group is None and seed is None:
         other = None if plain is x else plain
         what = repeats.what("encoder_layer", x, backend, plain is None, *settings, *kinds)
-        if (tape := repeats.find(what, (x, other, *weights))) is not None:
-            import fastbf.triton_backend.encoder_layer as kernels
-
+        if (tape := repeats.find(what, (x, other, *given))) is not None:
             try:
-                return kernels.again(tape, x, other, weights)
+                return tape.again(tape, x, other, given)
             except Exception as error:
                 give_up(choose(backend, "encoder_layer", x), "encoder_layer", x.device, error)
-        key = signature(x, weights, backend, plain is None, *settings, *kinds)
+        key = signature(x, given, backend, plain is None, *settings, *kinds)
+    weights = LayerWeights._make(given)
     known: tuple[Choice, LayerOptions] | None = recall(key)
     if known is None:
         checks.layer(x, weights, num_heads)
@@ -340,8 +339,8 @@ def encoder_layer(
         checks.shape("plain", plain, tuple(x.shape))
         checks.same_device("x", x, {"plain": plain})
     if forked and (plain is not None or x.shape[0] % 2):
-        given = "plain as well" if plain is not None else f"{x.shape[0]} samples"
-        raise ValueError(f"x must hold two streams and plain must be None if forked, got {given}")
+        instead = "plain as well" if plain is not None else f"{x.shape[0]} samples"
+        raise ValueError(f"x must hold two streams and plain must be None if forked, got {instead}")
     alone = group is None or rank_and_size(group)[1] == 1
     absent = not alone and x.shape[0] == 0
     if absent:  # this rank has no samples, but the others wait for it: it computes with a sample of zeros
@@ -491,11 +490,9 @@ def linear_cross_entropy(
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
-        import fastbf.triton_backend.classifier as kernels
-
         checks.index_range(target, linear_weight.shape[0], tape.of.ignore_index)
         try:
-            made, of_streams = kernels.again(tape, tensors)
+            made, of_streams = tape.again(tape, tensors)
             return (made, LossStats(*of_streams)) if stats else made
         except Exception as error:
             give_up(choose(backend, "linear_cross_entropy", input), "linear_cross_entropy", input.device, error)

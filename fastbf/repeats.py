@@ -23,11 +23,13 @@ class Tape(NamedTuple):
     fits: Callable[..., bool]  #: whether tensors, of which any may be something else, have the geometry of the call's
     run: Callable[..., Results | None]  #: of a stream, a seed and tensors that fit; None if an address is not aligned
     draws: bool  #: whether it takes a seed
+    dtypes: tuple[torch.dtype | None, ...]  #: of the tensors
     of: Any  #: what the call's autograd Function was given besides tensors
+    again: Any  #: makes a call that it fits, of a public function: of the tape and what ``again`` there takes
     source: str  #: of both functions
 
 
-#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 30 KB.
+#: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 16 KB.
 MOST_TAPES, MOST_SEEN = 512, 4096
 
 #: Every tape by what it is of.
@@ -80,7 +82,7 @@ def what(op: str, x: object, backend: object, *others: Any) -> What | None:
     """
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_cuda or backend == "triton"):
         return None
-    if x.is_nested or transformed():
+    if x.is_nested or x.layout is not torch.strided or transformed():
         return None
     return (op, x.shape, autocast_dtype(x), backend, *others)
 

@@ -8,7 +8,7 @@ substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
 
@@ -33,9 +33,10 @@ CAST, COPY_ALL = torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return available and torch.is_autocast_enabled(device)
+    """Whether autocast is on for a type of device. Public substitute for the first question: the second."""
+    if device in ("cpu", "cuda"):  # of others the first, which takes a third of the time, does not know all
+        return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def device_type(x: Tensor) -> str:
@@ -290,44 +291,49 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 def has_own(module: nn.Module, method: str) -> bool:
     """Whether a method was set on the object, beside that of its class."""
-    getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
+    if torch.compiler.is_compiling():
+        getattr(module, method)  # a compiler guards what is looked up, not what __dict__ holds
     return method in module.__dict__
 
 
 def is_altered(*modules: nn.Module) -> bool:
     """Whether a call of one of the modules runs hooks, or another ``forward`` than its class's."""
-    compiling = torch.compiler.is_compiling()
+    for m in modules if torch.compiler.is_compiling() else ():  # as in has_own
+        m.forward, m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks  # noqa: B018
     for m in modules:
-        if compiling:  # as in has_own
-            m.forward, m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks  # noqa: B018
         own = m.__dict__  # whose items cost less than attributes of a module
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return True
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
             return True
     return False
 
 
-def parts(module: nn.Module, kind: type, names: Sequence[str]) -> list[Any]:
-    """The modules of these names inside a module of ``kind``, None for one that was removed.
+def part(module: nn.Module, kind: type, name: str) -> Any:
+    """The module of this name inside a module of ``kind``, None if it was removed.
 
-    A subclass may compute them. Public substitute: attributes, each of which costs as much as a small operator.
+    A subclass may compute it. Public substitute: an attribute, which costs as much as a small operator.
     """
-    if type(module) is kind:
-        return list(map(module._modules.get, names))
-    return [getattr(module, name) for name in names]
+    return module._modules.get(name) if type(module) is kind else getattr(module, name)
 
 
 def encoder_parts(layer: nn.TransformerEncoderLayer, kind: type) -> tuple[Any, ...]:
-    """The modules inside a layer of ``kind``, None for one that was removed. Public substitute: as of :func:`parts`.
+    """The modules inside a layer of ``kind``, None for one that was removed. Public substitute: as of :func:`part`.
 
     Attention, the linear layers 1 and 2, the norms 1 and 2, and the dropouts of the feed-forward, 1 and 2.
     """
     own = layer._modules if type(layer) is kind else {name: getattr(layer, name) for name in _ENCODER_PARTS}
-    return (
-        own.get("self_attn"), own.get("linear1"), own.get("linear2"), own.get("norm1"), own.get("norm2"),
-        own.get("dropout"), own.get("dropout1"), own.get("dropout2"),
-    )  # fmt: skip
+    try:
+        return (
+            own["self_attn"], own["linear1"], own["linear2"], own["norm1"], own["norm2"], own["dropout"],
+            own["dropout1"], own["dropout2"],
+        )  # fmt: skip
+    except KeyError:
+        return tuple(map(own.get, _ENCODER_PARTS))
 
 
 #: In the order of the result.
@@ -337,7 +343,7 @@ _ENCODER_PARTS = "self_attn", "linear1", "linear2", "norm1", "norm2", "dropout",
 def encoder_weights(
     attention: Any, out_proj: nn.Module, linear1: nn.Module, linear2: nn.Module, norm1: nn.Module, norm2: nn.Module
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Weight and bias of each of these parts of a layer. Public substitute: as of :func:`parts`."""
+    """Weight and bias of each of these parts of a layer. Public substitute: as of :func:`part`."""
     a, o, f, g = attention._parameters, out_proj._parameters, linear1._parameters, linear2._parameters
     m, n = norm1._parameters, norm2._parameters
     try:
@@ -350,6 +356,16 @@ def encoder_weights(
         return attention.in_proj_weight, attention.in_proj_bias, *others
 
 
+def linear_weights(linear: nn.Linear, kind: type) -> tuple[Any, Any]:
+    """Weight and bias of a linear layer of ``kind``. Public substitute: as of :func:`part`."""
+    own = linear.__dict__
+    if type(linear) is kind and "weight" not in own and "bias" not in own:
+        parameters = linear._parameters
+        if "weight" in parameters and "bias" in parameters:
+            return parameters["weight"], parameters["bias"]
+    return linear.weight, linear.bias  # something computes one, or a tensor has its place
+
+
 def _of_torch(kind: type, name: str) -> Any:
     """A method as torch defines it; None if something else has its place already."""
     method = getattr(kind, name)
@@ -359,25 +375,36 @@ def _of_torch(kind: type, name: str) -> Any:
 
 _SA_BLOCK, _FF_BLOCK = (_of_torch(nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block"))
 _KINDS = nn.TransformerEncoderLayer, nn.MultiheadAttention, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ReLU, nn.GELU
-_FORWARDS: tuple[tuple[Any, Any], ...] = tuple((kind, _of_torch(kind, "forward")) for kind in _KINDS)
+_FORWARDS = tuple(_of_torch(kind, "forward") for kind in _KINDS)
+_LINEAR = _of_torch(nn.Linear, "forward")
+
+
+@traced_as_constant
+def is_linear_patched() -> bool:
+    """Whether ``nn.Linear`` has another ``forward`` or ``__call__`` than torch's."""
+    call: Any = nn.Module.__call__
+    return nn.Linear.forward is not _LINEAR or nn.Linear.__call__ is not call
 
 
 @traced_as_constant
 def are_patched() -> bool:
-    """Whether a class that a layer or a classifier is made of has another ``forward`` or ``__call__`` than torch's."""
+    """Whether a class that a layer is made of has another ``forward`` or ``__call__`` than torch's."""
     call: Any = nn.Module.__call__
-    for kind, forward in _FORWARDS:  # noqa: SIM110 (the generator of any() takes longer)
-        if kind.forward is not forward or kind.__call__ is not call:
-            return True
-    return False
+    a, b, c, d, e, f, g = _KINDS
+    if (a.forward, b.forward, c.forward, d.forward, e.forward, f.forward, g.forward) != _FORWARDS:
+        return True
+    return not (a.__call__ is b.__call__ is c.__call__ is d.__call__ is e.__call__ is f.__call__ is g.__call__ is call)
 
 
 def has_own_blocks(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether a layer's attention block or feed-forward block is not torch's. Public substitute: none."""
-    kind, names = type(layer), ("_sa_block", "_ff_block")
+    kind = type(layer)
     if kind._sa_block is not _SA_BLOCK or kind._ff_block is not _FF_BLOCK:
         return True
-    return has_own(layer, names[0]) or has_own(layer, names[1])
+    if torch.compiler.is_compiling():  # as in has_own
+        layer._sa_block, layer._ff_block  # noqa: B018
+    own = layer.__dict__
+    return "_sa_block" in own or "_ff_block" in own
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -183,15 +183,16 @@ def stream_for(device: torch.device) -> int | None:
     """
     if _observers.plan is not None:
         return None
-    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # Triton allows None
-            return None
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # Triton allows None
+        return None
     if _INTERPRETED:
         return 0
-    current = driver.active.get_current_device()
+    of_device = driver.active
+    current = of_device.get_current_device()
     if device.index is not None and device.index != current:
         return None
-    return driver.active.get_current_stream(current)
+    return of_device.get_current_stream(current)
 
 
 def launch(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
+from fastbf import torch_state
 from tests import paper
 from tests.triton_case import DEVICE, DTYPES
 
@@ -231,6 +232,16 @@ def test_shapes_on_the_meta_device():
     x, y = (t.to("meta") for t in batch())
     assert former(x).shape == (2 * N, C)
     assert classifier.loss(former(x), y).shape == ()
+
+
+def test_autocast_of_devices_that_a_build_may_lack():
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert torch_state.autocasts("mps")
+        assert not torch_state.autocasts("cpu")
+    finally:
+        torch.set_autocast_enabled("mps", False)
+    assert not torch_state.autocasts("mps")
 
 
 def test_double_precision_under_autocast_stays_exact():

@@ -13,7 +13,7 @@ from fastbf import checks, reference
 from fastbf.modules import layout
 from fastbf.modules.layer import BatchFormerLayer
 from fastbf.suggestions import suggesting
-from fastbf.torch_state import as_leaf, has_own, is_replica, parts
+from fastbf.torch_state import as_leaf, has_own, is_replica, part
 from fastbf.warned import warn
 
 if TYPE_CHECKING:
@@ -234,8 +234,7 @@ class BatchFormer(nn.Module):
         else:
             for i, target in enumerate(targets):
                 _check_length(i, target, n)
-        (layers,) = parts(self, BatchFormer, ("layers",))
-        *others, last = layers  # with each layer as often as it is listed
+        *others, last = part(self, BatchFormer, "layers")  # with each layer as often as it is listed
         x = _samples_first(features, dims)
         if type(self).mix is not _MIX or has_own(self, "mix"):
             plain, stream = features.tensor_split(2, dim=batch_dim) if self.forked else (features, features)
@@ -302,10 +301,11 @@ class BatchFormer(nn.Module):
         rank = features.dim()
         if rank < 2:
             checks.min_rank("features", features, 2, "a batch of features")
-        for name, dim in (("batch_dim", self.batch_dim), ("channel_dim", self.channel_dim)):
-            if not -rank <= dim < rank:
-                raise ValueError(f"{name} must lie in [{-rank}, {rank - 1}] for {rank}-D features, got {dim}")
-        dims = self.batch_dim % rank, self.channel_dim % rank
+        batch_dim, channel_dim = self.batch_dim, self.channel_dim
+        if not (-rank <= batch_dim < rank and -rank <= channel_dim < rank):
+            name, dim = ("channel_dim", channel_dim) if -rank <= batch_dim < rank else ("batch_dim", batch_dim)
+            raise ValueError(f"{name} must lie in [{-rank}, {rank - 1}] for {rank}-D features, got {dim}")
+        dims = batch_dim % rank, channel_dim % rank
         if dims[0] == dims[1]:
             raise ValueError(
                 f"batch_dim and channel_dim must differ, got {self.batch_dim} and {self.channel_dim}, the same "

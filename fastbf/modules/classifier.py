@@ -13,7 +13,15 @@ from fastbf.backend import check_backend, choose
 from fastbf.modules.class_numbers import numbers
 from fastbf.modules.class_values import ClassValues, LogCounts
 from fastbf.suggestions import NOTHING, hiding_unknown, names_of, suggesting, unexpected
-from fastbf.torch_state import are_patched, as_leaf, autocast_dtype, has_hooks, has_own, has_own_hooks
+from fastbf.torch_state import (
+    as_leaf,
+    autocast_dtype,
+    has_hooks,
+    has_own,
+    has_own_hooks,
+    is_linear_patched,
+    linear_weights,
+)
 
 
 class SharedClassifier(nn.Linear):
@@ -251,7 +259,7 @@ class SharedClassifier(nn.Linear):
         reason = self.parent_reason()
         if reason is not None:
             return self._loss_of_logits(features, target, reason, reduction=reduction, stats=stats)
-        weight = self.weight
+        weight, bias = linear_weights(self, SharedClassifier)
         if (
             not isinstance(features, Tensor)
             or features.is_nested  # which has no shape
@@ -263,7 +271,7 @@ class SharedClassifier(nn.Linear):
             features,
             weight,
             target,
-            linear_bias=self.bias,
+            linear_bias=bias,
             **self._per_class(features),
             scale=self.scale,
             reduction=reduction,
@@ -285,7 +293,7 @@ class SharedClassifier(nn.Linear):
         kind = type(self)
         if kind.forward is not _FORWARD or kind.__call__ is not nn.Module.__call__ or has_own(self, "forward"):
             return "the classifier has a forward of its own."
-        if are_patched():
+        if is_linear_patched():
             return "a class of torch has a forward of its own."
         if has_hooks(self):
             if has_own_hooks(self):

@@ -24,7 +24,7 @@ from fastbf.torch_state import (
     encoder_weights,
     has_own_blocks,
     is_altered,
-    parts,
+    part,
 )
 
 _KINDS = nn.MultiheadAttention, *[nn.Linear] * 2, *[nn.LayerNorm] * 2, *[nn.Dropout] * 3
@@ -184,7 +184,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         fused = "" if called or not x.shape[0] else self._fused_or_reason(x)
         if not isinstance(fused, str):
             weights, options = fused
-            if x.device != weights.in_proj_weight.device:
+            if x.device != weights[0].device:
                 self._check(x, weights)
             return functional.encoder_layer(x, *weights, **options, plain=plain, forked=forked, backend=self.backend)
         if forked:
@@ -202,7 +202,7 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         found = self._fused_or_reason(src)
         return found if isinstance(found, str) else None
 
-    def _fused_or_reason(self, src: Tensor | None = None) -> tuple[reference.LayerWeights, dict[str, Any]] | str:
+    def _fused_or_reason(self, src: Tensor | None = None) -> tuple[tuple[Any, ...], dict[str, Any]] | str:
         """The arguments of ``functional.encoder_layer``, or why the parent runs, as :meth:`parent_reason`."""
         inside = encoder_parts(self, BatchFormerLayer)
         attention, _, linear2, norm1, norm2, dropout, dropout1, dropout2 = inside
@@ -217,16 +217,17 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
             return "the activation is neither relu nor exact gelu."
         if tuple(map(type, inside)) != _KINDS:
             return "a module inside the layer was replaced."
-        (out_proj,) = parts(attention, nn.MultiheadAttention, ("out_proj",))
+        out_proj = part(attention, nn.MultiheadAttention, "out_proj")
         if is_altered(*inside, out_proj, *((activation,) if isinstance(activation, nn.Module) else ())):
             return "a module inside the layer has hooks, or a forward of its own."
         channels, p, eps, training = attention.embed_dim, dropout.p, norm1.eps, self.training
         if not linear2.out_features == out_proj.out_features == channels:
             return "a module inside the layer has another width than the layer."
-        weights = reference.LayerWeights._make(encoder_weights(attention, out_proj, *inside[1:5]))
-        if attention.bias_k is not None or attention.add_zero_attn or weights.in_proj_weight is None:
+        weights = encoder_weights(attention, out_proj, *inside[1:5])
+        in_proj_weight, *_, norm1_weight, _, norm2_weight, _ = weights
+        if attention.bias_k is not None or attention.add_zero_attn or in_proj_weight is None:
             return "the attention has extra keys or other widths for them."
-        if weights.norm1_weight is None or weights.norm2_weight is None:
+        if norm1_weight is None or norm2_weight is None:
             return "a norm of the layer has no weight."
         if not norm1.normalized_shape == norm2.normalized_shape == (channels,):
             return "a norm of the layer does not normalise the channels alone."
@@ -249,18 +250,18 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         parts = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
         return ", ".join(parts if self._group is None else [*parts, f"process_group={self._group!r}"])
 
-    def _check(self, src: Tensor, weights: reference.LayerWeights | None = None) -> None:
-        weights = weights or self._weights()
+    def _check(self, src: Tensor, weights: tuple[Any, ...]) -> None:
+        """Checks the input, for weights in the order of ``LayerWeights``."""
         checks.dense("src", src)
         if src.dim() not in (2, 3):
             raise ValueError(f"src must have 2 or 3 dimensions, (S, C) or (S, B, C), got shape {tuple(src.shape)}")
-        weight = weights.out_proj_weight
+        _, _, weight, *_ = weights
         if src.shape[-1] != weight.shape[0]:
             raise ValueError(f"src must have {weight.shape[0]} channels in its last dimension, got {src.shape[-1]}")
         if src.device != weight.device:
             raise ValueError(f"src must be on the device of the weights, {weight.device}, got {src.device}")
         if src.dtype != weight.dtype and autocast_dtype(src) is None:
-            fields = weights._asdict()
+            fields = reference.LayerWeights._make(weights)._asdict()
             checks.dtype_of_weights("src", src, {n: w for n, w in fields.items() if not n.startswith("norm")})
 
     def _weights(self) -> reference.LayerWeights:

@@ -22,10 +22,10 @@ from fastbf.kernels.launch import operator
 from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.repeats import Tape, What
-from fastbf.torch_state import autocast_dtype, copy_all, differentiated, donated, no_autocast
+from fastbf.torch_state import autocast_dtype, differentiated, donated, no_autocast
 from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import prepared
-from fastbf.triton_backend.functions import by_kernels, dense, empty_like, limits_of, product_dtype
+from fastbf.triton_backend.functions import by_kernels, dense, dtypes_of, empty_like, limits_of, narrowed, product_dtype
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
 __all__ = ["again", "linear_cross_entropy"]
@@ -82,17 +82,29 @@ def _buffer(x: Tensor, num_classes: int, rows: int) -> Tensor:
 class Saved(NamedTuple):
     """What forward saves for backward."""
 
-    total: Tensor  #: fp32 (1,): what a mean divides by
     x: Tensor  #: (M, C) in the products' dtype
     matrix: Tensor  #: (K, C), the classifier's weight in the same dtype
     z: Tensor  #: (M, K + padding), the products; no rows if they are not kept
-    of_rows: Tensor  #: fp32 (6, M): ``kernels.cross_entropy.ROW``
+    numbers: Tensor  #: fp32, 1-D: what :func:`_parts` tells apart
+
+
+#: How many numbers of :class:`Saved` are not those of rows: whose addresses remain multiples of 16 bytes.
+_FEW = 16
+
+
+def _parts(numbers: Tensor, streams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The total (1,) that a mean divides by, statistics (3, streams), and the rows' numbers (6, M).
+
+    The last two are ``STATS`` and ``ROW`` of ``kernels/cross_entropy.py``.
+    """
+    stats = numbers[4 : 4 + cross_entropy.STATS * streams].view(cross_entropy.STATS, streams)
+    return numbers[:1], stats, numbers[_FEW:].view(cross_entropy.ROW, -1)
 
 
 def forward(
     x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The loss of logits = scale · (x · matrixᵀ + bias) + logit_bias, statistics, and the fields of :class:`Saved`.
+) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
+    """The loss of logits = scale · (x · matrixᵀ + bias) + logit_bias, statistics, and what is saved for backward.
 
     Args:
         x: (M, C), contiguous.
@@ -107,18 +119,20 @@ def forward(
 
     rows, whole = x.shape[0], head.reduction != "none"
     loss = empty(*() if whole else (rows,), dtype=head.loss)
-    total, stats, of_rows = empty(1), empty(cross_entropy.STATS, head.streams()), empty(cross_entropy.ROW, rows)
+    numbers = empty(_FEW + cross_entropy.ROW * rows)
+    total, unasked, of_rows = _parts(numbers, head.streams())
+    stats = empty(*unasked.shape) if head.stats else None
     with no_autocast(x):
-        x, matrix = _narrowed(x, matrix, head.compute)
+        x, matrix = narrowed((x, matrix), head.compute)
         kept = _buffer(x, matrix.shape[0], rows if head.keep else 0)
         _forward_rows(x, matrix, target, options, head.stats, kept, of_rows)
     if not whole:
         loss.copy_(of_rows[0])
     cross_entropy.finish(
         of_rows, streams=head.streams(), mean=head.reduction == "mean", loss=loss if whole else total, total=total,
-        stats=stats,
+        stats=unasked if stats is None else stats,
     )  # fmt: skip
-    return loss, stats, *Saved(total, x, matrix, kept, of_rows)
+    return loss, stats, Saved(x, matrix, kept, numbers)
 
 
 @operator("kept", "of_rows")
@@ -136,15 +150,6 @@ def _forward_rows(
         z = room[: part.stop - part.start, :num_classes]
         linear_into(x[part], matrix, None, z)
         cross_entropy.forward(z, target, options, count=count, first=part.start, of_rows=of_rows)
-
-
-def _narrowed(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in ``dtype``, by one launch."""
-    found = [t if t.dtype == dtype else torch.empty(t.shape, dtype=dtype, device=t.device) for t in (x, matrix)]
-    copies = [(to, t) for to, t in zip(found, (x, matrix), strict=True) if to is not t]
-    if copies:
-        copy_all([to for to, _ in copies], [t for _, t in copies])
-    return found[0], found[1]
 
 
 class Wanted(NamedTuple):
@@ -206,7 +211,8 @@ def _backward_rows(
 
     All chunks are one operator, as in forward.
     """
-    (total, x, matrix, kept, of_rows), num_classes = saved, saved.matrix.shape[0]
+    (x, matrix, kept, numbers), num_classes = saved, saved.matrix.shape[0]
+    total, _, of_rows = _parts(numbers, 1)
     chunks = _chunks(x, num_classes) if room is None else [slice(0, x.shape[0])]
     buffer = _buffer(x, num_classes, chunks[0].stop) if room is None else room
     d_matrix = grads.matrix
@@ -235,7 +241,7 @@ def _backward_rows(
 
 
 class _Classifier(Function):
-    """Returns the loss and, without gradient, each stream's loss and accuracies (3, streams).
+    """Returns the loss and, without gradient, each stream's loss and accuracies (3, streams) if they are asked for.
 
     Saves, in the products' dtype, x, the weight and the products unless they are too large; and six fp32 numbers a row.
     """
@@ -244,69 +250,74 @@ class _Classifier(Function):
     def forward(
         ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, logit_bias: Tensor | None, target: Tensor,
         weight: Tensor | None, head: Head, what: What | None, found: Tape | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         inputs = x, matrix, bias, logit_bias, target, weight
         made = tape.play(what, inputs, None, found)
         if made is None:
-            with tape.noting(what, inputs, None, head) as made:
+            with tape.noting(what, inputs, None, head, again) as made:
                 made += _results(x, matrix, target, head.options(bias, weight, logit_bias), head)
         loss, stats, *saved = made
         ctx.save_for_backward(*saved, bias, weight, logit_bias)
-        ctx.head, ctx.dtypes = head, tuple([None if t is None else t.dtype for t in (x, matrix, bias, logit_bias)])
+        ctx.head, ctx.dtypes = head, dtypes_of(inputs) if found is None else found.dtypes
+        if stats is None:
+            return loss
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for the statistics would cost a launch
         return loss, stats
 
     @staticmethod
     @by_kernels("linear_cross_entropy")
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        head, needs, dtypes, tensors = ctx.head, ctx.needs_input_grad[:4], ctx.dtypes, ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        head, needs, dtypes, saved = ctx.head, ctx.needs_input_grad, ctx.dtypes, ctx.saved_tensors
+        if grad is None:  # that of the statistics alone
+            return (None,) * len(needs)
         grad, overwrites = grad.contiguous(), head.keep and donated(grad)
         if overwrites:  # autograd then knows that the logits are overwritten, even if this fails half-way
-            increment_version(Saved(*tensors[:5]).z)
+            grad.data_ptr()  # which a batch of gradients, that no kernel takes, does not have
+            increment_version(Saved(*saved[:4]).z)
 
         what = "linear_cross_entropy backward", head, needs, dtypes, overwrites
-        inputs = grad, *tensors
+        inputs = grad, *saved
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
-                made += _gradients(grad, tensors, head, needs, dtypes, overwrites)
-        return *made, None, None, None, None, None
+                made += _gradients(inputs, head, needs, dtypes, overwrites)
+        return tuple(made)
 
 
 def _results(
     x: Tensor, matrix: Tensor, target: Tensor, options: Options, head: Head
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """What :func:`forward` returns, with x itself where it was not copied; and the target, contiguous.
 
     x is (M, …, C), target (N, …) or (N, …, K), returned as (N,) or (N, K).
     """
     target = (target.reshape(-1, len(matrix)) if target.is_floating_point() else target.flatten()).contiguous()
-    loss, stats, *rest = forward(x.flatten(0, -2).contiguous(), matrix, target, options, head)
-    saved = Saved(*rest)
+    loss, stats, saved = forward(x.flatten(0, -2).contiguous(), matrix, target, options, head)
     if x.is_contiguous() and x.dtype == head.compute:
         saved = saved._replace(x=x)  # autograd looks after changes in place of x, and not of a view that was made here
     return loss, stats, *saved, target
 
 
 def _gradients(
-    grad: Tensor, tensors: tuple[Any, ...], head: Head, needs: tuple[bool, ...],
-    dtypes: tuple[torch.dtype | None, ...], donated: bool,
+    tensors: tuple[Any, ...], head: Head, needs: tuple[bool, ...], dtypes: tuple[torch.dtype | None, ...],
+    donated: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of x, the weight, the bias and logit_bias, whose needs and dtypes are given; None if not needed.
+    """The gradients of forward's arguments, None where they are not needed.
 
     Args:
-        tensors: as forward saves them.
+        tensors: the loss's gradient, and what forward saves.
+        needs: of forward's arguments.
+        dtypes: of its tensors.
         donated: whether the gradient of the products may overwrite them.
     """
-    *saved, target, bias, weight, logit_bias = tensors
-    wanted = Wanted(*needs)
-    x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype = dtypes
+    grad, x, *rest, target, bias, weight, logit_bias = tensors
+    wanted = Wanted(*needs[:4])
+    x_dtype, matrix_dtype, bias_dtype, logit_bias_dtype, *_ = dtypes
     assert x_dtype is not None
     assert matrix_dtype is not None
-    total, x, *rest = saved
     grads = backward(
-        grad, Saved(total, x.flatten(0, -2), *rest), target, head.options(bias, weight, logit_bias), head, wanted,
+        grad, Saved(x.flatten(0, -2), *rest), target, head.options(bias, weight, logit_bias), head, wanted,
         (x_dtype, product_dtype(matrix_dtype, head.compute)), donated,
     )  # fmt: skip
     d_matrix = None if grads.matrix is None else grads.matrix.to(matrix_dtype)
@@ -315,7 +326,8 @@ def _gradients(
         d_bias = (grads.sums if head.scale == 1 else grads.sums * head.scale).to(bias_dtype)
     if grads.sums is not None and wanted.logit_bias:
         d_logit_bias = grads.sums.to(logit_bias_dtype)
-    return [None if grads.x is None else grads.x.view(head.shape), d_matrix, d_bias, d_logit_bias]
+    d_x = None if grads.x is None else grads.x.view(head.shape)
+    return [d_x, d_matrix, d_bias, d_logit_bias, None, None, None, None, None]
 
 
 def linear_cross_entropy(
@@ -337,8 +349,7 @@ def linear_cross_entropy(
     given = input, linear_weight, linear_bias, logit_bias, target, weight, head, what, None
     apply, ahead = prepared(_Classifier, given)
     with ahead:
-        loss, of_streams = apply(*given)
-    return _with_streams(loss, of_streams, head)
+        return _told_apart(apply(*given), head)
 
 
 def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -346,12 +357,12 @@ def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, 
     given = *tensors, found.of, None, found
     apply, ahead = prepared(_Classifier, given)
     with ahead:
-        loss, of_streams = apply(*given)
-    return _with_streams(loss, of_streams, found.of)
+        return _told_apart(apply(*given), found.of)
 
 
-def _with_streams(loss: Tensor, of_streams: Tensor, head: Head) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The results from what the Function returns."""
+def _told_apart(made: Any, head: Head) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss, and the statistics that were asked for, from what the Function returns."""
+    loss, stats = made if head.stats else (made, None)
     if head.reduction == "none":
         loss = loss.view(head.shape[:-1])
-    return loss, of_streams.unbind() if head.stats else ()
+    return loss, () if stats is None else stats.unbind()

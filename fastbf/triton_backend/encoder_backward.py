@@ -17,8 +17,7 @@ from fastbf.kernels.add_norm import Norm
 from fastbf.kernels.rows import partial_sums
 from fastbf.reference import split_qkv
 from fastbf.triton_backend import attention_across_ranks
-from fastbf.triton_backend.encoder_call import Layer, Saved
-from fastbf.triton_backend.encoder_weights import Factors
+from fastbf.triton_backend.encoder_call import Factors, Layer, Saved
 from fastbf.triton_backend.functions import empty_like, limits_of
 from fastbf.triton_backend.matmul import weight_gradient
 

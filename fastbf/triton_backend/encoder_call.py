@@ -19,7 +19,6 @@ from fastbf.kernels import attention
 from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerWeights
-from fastbf.triton_backend.encoder_weights import cast_size, needs_cast
 from fastbf.triton_backend.functions import as_rows
 
 
@@ -108,8 +107,19 @@ class Layer(NamedTuple):
         return self.split_heads(self.by_sample(matrix))
 
 
+class Factors(NamedTuple):
+    """The weights that backward multiplies with."""
+
+    in_proj: Tensor  #: (3C, C), in the products' dtype, as the next three
+    out_proj: Tensor  #: (C, C)
+    linear1: Tensor  #: (F, C)
+    linear2: Tensor  #: (C, F)
+    norm1: Tensor  #: (C,)
+    norm2: Tensor  #: (C,)
+
+
 class Saved(NamedTuple):
-    """What forward saves for backward besides its inputs: matrices of R rows, unless a shape is given.
+    """What forward saves besides x, the seed and :class:`Factors`: matrices of R rows, unless a shape is given.
 
     Products are bytes a row. X, T and Z are the bytes of an element of x, of a matrix product and of a norm's result.
     """
@@ -123,7 +133,6 @@ class Saved(NamedTuple):
     z: Tensor  #: C · T: what the feed-forward's first product reads
     hidden: Tensor  #: F · T: u with ReLU, h with GELU
     s2: Tensor | None  #: C · Z: the second residual sum, unless norms come first
-    cast: Tensor | None  #: 1-D: the weights in the products' dtype, unless they have it already
 
 
 def allocate(x: Tensor, weights: LayerWeights, layer: Layer) -> Saved:
@@ -137,7 +146,7 @@ def allocate(x: Tensor, weights: LayerWeights, layer: Layer) -> Saved:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     return Saved(
-        normed=empty(rows, channels) if layer.norm_first or x.dtype != compute else None,
+        normed=empty(rows, channels) if layer.norm_first else None,  # else forward finds out whether x has its dtype
         qkv=empty(rows, channels if across else 3 * channels),
         kv=empty(held, layer.positions, 2 * channels) if across else None,
         o=empty(rows, channels),
@@ -146,5 +155,4 @@ def allocate(x: Tensor, weights: LayerWeights, layer: Layer) -> Saved:
         z=empty(rows, channels),
         hidden=empty(rows, width),
         s2=None if layer.norm_first else empty(rows, channels, dtype=torch.promote_types(layer.norm, compute)),
-        cast=empty(cast_size(channels, width)) if needs_cast(weights, compute) else None,
     )

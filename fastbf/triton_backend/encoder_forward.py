@@ -14,16 +14,15 @@ from fastbf.kernels.add_norm import NO_NORM, Norm
 from fastbf.reference import LayerWeights, split_qkv
 from fastbf.torch_state import no_autocast
 from fastbf.triton_backend import attention_across_ranks
-from fastbf.triton_backend.encoder_call import Layer, allocate
-from fastbf.triton_backend.encoder_weights import cast
-from fastbf.triton_backend.functions import as_rows, empty_like
+from fastbf.triton_backend.encoder_call import Factors, Layer, Saved, allocate
+from fastbf.triton_backend.functions import as_rows, empty_like, narrowed
 from fastbf.triton_backend.matmul import linear, linear_into
 
 
 def forward(
     x: Tensor, plain: Tensor | None, weights: LayerWeights, layer: Layer
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The layer's result; x, or the matrix [R, C] that was copied of it; and the fields of ``encoder_call.Saved``.
+) -> tuple[Tensor, Tensor, Factors, Saved]:  # fmt: skip
+    """The layer's result; and to save, x, or the matrix [R, C] that was copied of it, the weights and the rest.
 
     Args:
         x: the features as they were given, of ``layer.shape``.
@@ -45,22 +44,21 @@ def forward(
     out = torch.empty(layer.result_shape(), dtype=dtype, device=x.device)
 
     with no_autocast(x):
-        narrow = [] if layer.norm_first or saved.normed is None else [(saved.normed, x)]
-        w = weights if saved.cast is None else cast(weights, saved.cast, narrow)
-        if saved.cast is None and saved.normed is not None and narrow:
-            saved.normed.copy_(x)
-        norm1 = Norm(w.norm1_weight, w.norm1_bias, layer.eps)
-        norm2 = Norm(w.norm2_weight, w.norm2_bias, layer.eps)
-
-        normed = x if saved.normed is None else saved.normed
+        norm1 = Norm(weights.norm1_weight, weights.norm1_bias, layer.eps)
+        norm2 = Norm(weights.norm2_weight, weights.norm2_bias, layer.eps)
+        first, *of_products = narrowed((saved.normed if layer.norm_first else x, *weights[:8]), layer.compute)
+        w = LayerWeights._make((*of_products, *weights[8:]))
+        factors = Factors(*w[:8:2], w.norm1_weight, w.norm2_weight)
         if layer.norm_first:
-            add_norm.forward(x, rows, y=normed, norm=norm1)
+            add_norm.forward(x, rows, y=first, norm=norm1)
+        elif first is not x:
+            saved = saved._replace(normed=first)
         if layer.batch is None:
-            linear_into(normed, w.in_proj_weight, w.in_proj_bias, saved.qkv)
+            linear_into(first, w.in_proj_weight, w.in_proj_bias, saved.qkv)
             q, k, v = split_qkv(layer.by_sample(saved.qkv), layer.num_heads)
             attention.forward(q, k, v, layer.options(channels), o=layer.heads(saved.o), lse=saved.lse)
         else:
-            attention_across_ranks.forward(normed, w.in_proj_weight, w.in_proj_bias, layer, saved)
+            attention_across_ranks.forward(first, w.in_proj_weight, w.in_proj_bias, layer, saved)
         branch = linear(saved.o, w.out_proj_weight, w.out_proj_bias)
 
         residual, copy, drop = saved.z, None, layer.drop(Site.ATTENTION_OUTPUT)
@@ -81,4 +79,4 @@ def forward(
         last, drop = NO_NORM if layer.norm_first else norm2, layer.drop(Site.FEEDFORWARD_OUTPUT)
         y = out.view(-1, channels)
         add_norm.forward(residual, rows, x=branch, residual_out=saved.s2, y=y, norm=last, plain=plain, drop=drop)
-    return out, kept, *saved
+    return out, kept, factors, saved

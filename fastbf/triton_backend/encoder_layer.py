@@ -18,12 +18,12 @@ from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
 from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import build, prepared
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
-from fastbf.triton_backend.encoder_call import Layer, Saved
+from fastbf.triton_backend.encoder_call import Factors, Layer, Saved
 from fastbf.triton_backend.encoder_forward import forward
-from fastbf.triton_backend.encoder_weights import Factors, cast_factors
 from fastbf.triton_backend.functions import (
     by_kernels,
     dense,
+    dtypes_of,
     from_rows,
     order_of,
     product_dtype,
@@ -57,53 +57,46 @@ class _EncoderLayer(Function):
         ctx: Any, x: Tensor, plain: Tensor | None, seed: Tensor | None, layer: Layer, what: What | None,
         found: Tape | None, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        weights = LayerWeights._make(tensors)
-        ctx.layer, ctx.dtypes = layer, tuple([None if t is None else t.dtype for t in (plain, *tensors)])
         inputs = x, plain, *tensors
         made = tape.play(what, inputs, seed, found)
         if made is None:
-            with tape.noting(what, inputs, seed, layer) as made:
-                made += forward(x, plain, weights, layer._replace(seed=seed))
-        out, kept, *rest = made
-        saved = Saved(*rest)
-        products = weights[:8:2] if saved.cast is None else (None,) * 4
-        ctx.save_for_backward(kept, seed, *products, weights.norm1_weight, weights.norm2_weight, *saved)
+            with tape.noting(what, inputs, seed, layer, again) as made:
+                weights = LayerWeights._make(tensors)
+                result, kept, factors, saved = forward(x, plain, weights, layer._replace(seed=seed))
+                made += [result, kept, seed, *factors, *saved]
+        out, *others = made
+        ctx.save_for_backward(*others)
+        ctx.layer, ctx.dtypes = layer, dtypes_of(inputs) if found is None else found.dtypes
         return out
 
     @staticmethod
     @by_kernels("encoder_layer")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        layer, needs, dtypes, saved = ctx.layer, ctx.needs_input_grad, ctx.dtypes, ctx.saved_tensors
-        needs = *needs[:2], *needs[6:]
+        layer, needs, dtypes = ctx.layer, ctx.needs_input_grad, ctx.dtypes
         what = ("encoder_layer backward", layer, needs, dtypes) if layer.batch is None else None
-        inputs = d_out, *saved
+        inputs = d_out, *ctx.saved_tensors
         made = tape.play(what, inputs)
         if made is None:
             with tape.noting(what, inputs) as made:
-                made += _gradients(d_out, saved, layer, needs, dtypes)
-        d_x, d_plain, *parameters = made
-        return d_x, d_plain, None, None, None, None, *parameters
+                made += _gradients(inputs, layer, needs, dtypes)
+        return tuple(made)
 
 
 def _gradients(
-    d_out: Tensor, tensors: tuple[Any, ...], layer: Layer, needs: tuple[bool, ...],
-    dtypes: tuple[torch.dtype | None, ...],
-) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of x, plain and the weights, None where they are not needed.
+    tensors: tuple[Any, ...], layer: Layer, needs: tuple[bool, ...], dtypes: tuple[torch.dtype | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of forward's arguments, None where they are not needed.
 
     Args:
-        d_out: of the result, in its shape.
-        tensors: as forward saves them.
-        needs: of these.
-        dtypes: of plain and of the weights.
+        tensors: the result's gradient, in its shape, and what forward saves.
+        needs: of forward's arguments.
+        dtypes: of x, plain and the weights.
     """
-    x, seed, *rest = tensors
+    d_out, x, seed, *rest = tensors
     factors, saved = Factors(*rest[:6]), Saved(*rest[6:])
-    of_plain, *of_weights = dtypes
+    needs = *needs[:2], *needs[6:]
+    _, of_plain, *of_weights = dtypes
     assert of_weights[0] is not None
-    if saved.cast is not None:
-        width = saved.hidden.shape[1]
-        factors = cast_factors(saved.cast, width, factors.norm1, factors.norm2)
     wanted = Wanted(needs[0], *needs[2:])
     x, rows = layer.matrix(x) if x.shape == layer.shape else x, layer.given_rows()
     d_out = d_out.contiguous().view(-1, layer.shape[-1])
@@ -124,7 +117,7 @@ def _gradients(
         for name, need, dtype in zip(LayerWeights._fields, needs[2:], of_weights, strict=True)
     )
     d_x = found.get("x")
-    return [None if d_x is None else from_rows(d_x, rows, layer.shape), d_plain, *parameters]
+    return [None if d_x is None else from_rows(d_x, rows, layer.shape), d_plain, None, None, None, None, *parameters]
 
 
 def _cast_once(sums: Tensor, dtypes: list[torch.dtype | None]) -> Tensor:
@@ -170,8 +163,8 @@ def encoder_layer(
         return _in_shape(apply(*given), layer)
 
 
-def again(found: Tape, x: Tensor, other: Tensor | None, weights: LayerWeights) -> Tensor:
-    """A call that a tape fits; ``other`` is ``plain``, unless that is x."""
+def again(found: Tape, x: Tensor, other: Tensor | None, weights: tuple[Tensor | None, ...]) -> Tensor:
+    """A call that a tape fits; ``other`` is ``plain``, unless that is x; the weights are in ``LayerWeights``' order."""
     seed = draw_seed(x.device) if found.draws else None
     given = x, other, seed, found.of, None, found, *weights
     apply, ahead = prepared(_EncoderLayer, given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastbf.backend import unbuilt
 from fastbf.kernels.failures import BuildError
 from fastbf.kernels.limits import Limits, device_limits
 from fastbf.kernels.rows import Rows
-from fastbf.torch_state import is_batched, traced_as_constant
+from fastbf.torch_state import copy_all, is_batched, traced_as_constant
 
 
 def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
@@ -23,17 +23,19 @@ def by_kernels(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gr
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> Gradients:
-            if is_batched(grads[0]):
-                raise RuntimeError(
-                    f"the Triton kernels of {op} take one gradient at a time: use backend='torch' for is_grads_batched "
-                    "and jacobian(vectorize=True)"
-                )
             try:
                 return backward(ctx, *grads)
             except BuildError as error:
                 reason = unbuilt(op, grads[0].device, error)
                 raise RuntimeError(
                     f"{reason} From now on backend='auto' takes PyTorch for {op}: run the step again."
+                ) from error
+            except RuntimeError as error:  # a batch of gradients has no address for a kernel to read
+                if not is_batched(grads[0]):
+                    raise
+                raise RuntimeError(
+                    f"the Triton kernels of {op} take one gradient at a time: use backend='torch' for is_grads_batched "
+                    "and jacobian(vectorize=True)"
                 ) from error
 
         twice = f"the Triton kernels of {op} cannot be differentiated twice: use backend='torch', on one rank, for that"
@@ -51,6 +53,24 @@ def limits_of(device: torch.device) -> Limits:
 def product_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
     """The dtype in which the gradient of a weight of ``dtype`` leaves its product."""
     return torch.float32 if dtype == torch.float32 else compute
+
+
+def narrowed(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    """The tensors in ``dtype``: themselves, or copies, by one launch if these are of one dtype and dense."""
+
+    def room(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == dtype else torch.empty(t.shape, dtype=dtype, device=t.device)
+
+    found = [*map(room, tensors)]
+    copies = [(to, t) for to, t in zip(found, tensors, strict=True) if to is not None and t is not None and to is not t]
+    if copies:
+        copy_all([to for to, _ in copies], [t for _, t in copies])
+    return found
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype | None, ...]:
+    """The dtype of each."""
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -23,7 +23,20 @@ from torch import Tensor
 
 from fastbf.kernels.launch import Launched, noted, stream_for
 from fastbf.repeats import Results, Tape, What, find, hold, is_second
-from fastbf.torch_state import CAST, COPY_ALL, DispatchMode, Operator, allocator, copy_all, no_autocast, viewer, watched
+from fastbf.torch_state import (
+    CAST,
+    COPY_ALL,
+    DispatchMode,
+    Operator,
+    allocator,
+    autocasts,
+    copy_all,
+    device_type,
+    no_autocast,
+    viewer,
+    watched,
+)
+from fastbf.triton_backend.functions import dtypes_of
 
 aten: Any = torch.ops.aten
 _matmul: Any = torch.backends.cuda.matmul
@@ -48,18 +61,21 @@ def play(
     stream = stream_for(first.device)
     if stream is None:
         return None
+    if not autocasts(device_type(first)):
+        return tape.run(stream, seed, *tensors)
     with no_autocast(first):
         return tape.run(stream, seed, *tensors)
 
 
 @contextmanager
 def noting(
-    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None,
+    again: Callable[..., Any] | None = None,
 ) -> Iterator[list[Any]]:  # fmt: skip
     """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
 
     The second call of a signature is noted. A batch of another size often comes once. Arguments as in :func:`play`;
-    ``of`` is ``Tape.of``.
+    ``of`` and ``again`` are those of the tape.
     """
     results: list[Any] = []
     if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
@@ -69,7 +85,7 @@ def noting(
     with recorder, noted(recorder.launched):
         yield results
     with suppress(_Unrecordable):
-        hold(what, recorder.tape(results, of))
+        hold(what, recorder.tape(results, of, again))
 
 
 def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
@@ -231,8 +247,6 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         if self._is_whole(t):
             return base.name
         shape, stride, offset = tuple(t.shape), t.stride(), int(t.storage_offset())
-        if len(shape) == 2 and (shape[::-1], stride[::-1], offset) == (base.shape, base.stride, base.offset):
-            return f"{base.name}.t()"
         key = self._geometry(base, t)
         call, parts = self.splits.pop(base.name, ("", ()))
         if key in parts:
@@ -270,8 +284,8 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             return
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             raise _Unrecordable("a generator, whose state goes on")
-        if func in _PRODUCTS_INTO and kwargs.keys() == {"out"} and self._allocates(kwargs["out"]):
-            return self._product(func, args, kwargs["out"])
+        if func in _INTO and kwargs.keys() == {"out"} and self._may_allocate(func, args, kwargs["out"]):
+            return self._allocating(func, args, kwargs["out"])
         code = self._call(func, args, kwargs)
         if any(result is a for a in (*args, *kwargs.values())) or result is None:
             self.steps.append(_Step(code))
@@ -303,26 +317,30 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             return f"[{', '.join(map(self._argument, a))}]"
         return repr(a) if isinstance(a, int | None) else self._constant(a)
 
-    def _allocates(self, out: Tensor) -> bool:
-        """Whether a product may allocate what it writes to: nothing has seen that yet, and it is whole."""
+    def _may_allocate(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether an operator may allocate what it writes to: nothing has seen that yet, and it is whole."""
+        if func is aten.sum.IntList_out and (len(args) != 2 or len(args[1]) != 1 or args[0].dtype != out.dtype):
+            return False
         return self._is_whole(out) and self._owner(out).name in self.fresh
 
-    def _product(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> None:
-        name = self._owner(out).name
+    def _allocating(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> None:
+        name, call = self._owner(out).name, _CALLS[func]
         self.steps[self.fresh.pop(name)] = None
-        factors = [self._read(a) for a in args]
-        if func is aten.addmm.out and factors[2].endswith(".t()"):
-            bias, x, weight = factors
-            code = f"{self._once(F.linear)}({x}, {weight.removesuffix('.t()')}, {bias})"
+        if func is aten.sum.IntList_out:
+            x, (dim,) = args
+            args = x, dim
         else:
-            code = f"{self._once(_CALLS[func])}({', '.join(factors)})"
-        code = f"{name} = {code}"
-        self.steps.append(_Step(code, name))
+            *bias, x, weight = args
+            transposed = weight.t()
+            self._own(self._owner(weight), transposed)
+            if self._is_whole(transposed):
+                call, args = F.linear, (x, transposed, *bias)
+        self.steps.append(_Step(f"{name} = {self._once(call)}({', '.join(map(self._argument, args))})", name))
 
     # The tape
 
-    def tape(self, results: Results, of: Any) -> Tape:
-        """The tape of what was noted, a call of ``of``."""
+    def tape(self, results: Results, of: Any, again: Callable[..., Any] | None) -> Tape:
+        """The tape of what was noted; the last two are its own."""
         if self.failure:
             raise _Unrecordable(self.failure)
         returned = ", ".join("None" if t is None else self._returned(t) for t in results)
@@ -346,7 +364,8 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         source += f"def run(stream, {seed}, {', '.join(inputs)}):\n    {body}\n"
         scope: dict[str, Any] = dict(self.environment)
         exec(compile(source, "<fastbf tape>", "exec"), scope)
-        return Tape(scope["fits"], scope["run"], self.seed[1] is not None, of, source)
+        draws, dtypes = self.seed[1] is not None, dtypes_of([*self.inputs.values()])
+        return Tape(scope["fits"], scope["run"], draws, dtypes, of, again, source)
 
     def _guards(self) -> Iterator[str]:
         """Conditions for tensors of the geometry that was noted, whatever they are."""
@@ -354,8 +373,10 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
             if t is None:
                 yield f"{name} is None"
                 continue
-            kind, shape, stride = self._once(type(t)), self._constant(t.shape), self._constant(t.stride())
-            yield f"type({name}) is {kind} and {name}.shape == {shape} and {name}.stride() == {stride}"
+            yield f"type({name}) is {self._once(type(t))} and {name}.shape == {self._once(t.shape)}"
+            # In half the time of its strides. Those of dimensions of size 1, which it leaves open, address nothing.
+            contiguous = t.is_contiguous()
+            yield f"{name}.is_contiguous()" if contiguous else f"{name}.stride() == {self._constant(t.stride())}"
             yield f"{name}.dtype is {self._once(t.dtype)}"
             yield f"{name}.is_cpu" if t.is_cpu else f"{name}.device == {self._constant(t.device)}"
         if any(t is not None and t.is_cuda for t in self.inputs.values()):
@@ -386,4 +407,4 @@ _CALLS: dict[Operator, Callable[..., Any]] = {
     COPY_ALL: copy_all,
 }
 _WITH_DTYPE = (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out)
-_PRODUCTS_INTO = (aten.mm.out, aten.addmm.out)
+_INTO = (aten.mm.out, aten.addmm.out, aten.sum.IntList_out)  # which allocate what they are not given

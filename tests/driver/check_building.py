@@ -254,3 +254,17 @@ def test_a_probe_is_launched_where_others_are_planned(cuda):
         assert launch._observers.plan is not None
     assert plan == {}
     assert [line.split()[0] for line in cuda.launches()] == ["write_one"]
+
+
+def test_after_calls_by_tapes(modules, cuda):
+    """A call that a tape fits and cannot run, of an address that is no multiple of 16, builds ahead like the first."""
+    former = fastbf.BatchFormer(C, norm_first=True, backend="triton")
+    for _ in range(4):
+        former(features()).sum().backward()
+    x = torch.randn(N * C + 1)[1:].view(N, C).requires_grad_()
+    before = cuda.loads
+    out = former(x)
+    of_forward = cuda.loads
+    assert of_forward > before
+    out.sum().backward()
+    assert cuda.loads == of_forward

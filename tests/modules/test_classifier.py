@@ -391,6 +391,42 @@ def test_values_that_a_subclass_computes_act_in_the_loss(hook):
     assert torch.autograd.grad(loss, theta)[0].any()
 
 
+class Doubled(fastbf.SharedClassifier):
+    """Computes its bias from the parameter of that name."""
+
+    @property
+    def bias(self):
+        if "bias" not in self._parameters:
+            raise AttributeError("bias")
+        return 2 * self._parameters["bias"]
+
+    def reset_parameters(self):
+        torch.nn.init.normal_(self._parameters["weight"])
+        torch.nn.init.normal_(self._parameters["bias"])
+
+
+def in_the_place_of_the_weight(module):
+    vars(module)["weight"] = module.weight.detach() * 3
+    return module
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Doubled(C, K), lambda: in_the_place_of_the_weight(fastbf.SharedClassifier(C, K))]
+)
+def test_tensors_in_the_place_of_parameters_act_in_the_loss(make):
+    module, (x, _, _, y) = make(), case(dtype=torch.float32)
+    assert module.parent_reason() is None
+    torch.testing.assert_close(module.loss(x, y), F.cross_entropy(module(x), y))
+
+
+def test_a_part_of_the_weight_is_no_weight():
+    """As a library that shards it leaves it outside of its own calls."""
+    module = fastbf.SharedClassifier(C, K)
+    module.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"must be \(K, C\)|must have"):
+        module.loss(torch.randn(N, C), torch.zeros(N, dtype=torch.long))
+
+
 def test_parametrizations_train():
     module = torch.nn.utils.parametrizations.spectral_norm(fastbf.SharedClassifier(C, K))
     assert module.parent_reason() is None

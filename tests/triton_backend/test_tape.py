@@ -547,6 +547,37 @@ def test_backward_after_a_change_in_place_is_an_error():
         loss.backward()
 
 
+def test_batches_of_gradients_are_refused_and_change_nothing():
+    step = Step()
+    for _ in range(4):
+        for out in (step.classifier.loss(step.x, step.y), step.call(step.x)):
+            grads = torch.ones(3, *out.shape)
+            with pytest.raises(RuntimeError, match="one gradient at a time"):
+                torch.autograd.grad(out, step.x, grads, is_grads_batched=True)
+            assert torch.autograd.grad(out, step.x, grads[0])[0].any()
+
+
+class Forgetting(torch.autograd.Function):
+    """Has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_a_loss_without_gradient(stats):
+    step = Step()
+    for _ in range(4):
+        loss = step.classifier.loss(step.x, step.y, stats=stats)
+        (grad,) = torch.autograd.grad(Forgetting.apply(loss[0] if stats else loss) + 0 * step.x.sum(), step.x)
+        assert not grad.any()
+
+
 def test_overwritten_logits_are_noticed():
     """The gradient of the logits takes their place once; a graph that was to be retained later is not reused."""
     step = Step()
