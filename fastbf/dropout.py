@@ -125,7 +125,7 @@ class Dropout:
     def scores(self, shape: Sequence[int], device: torch.device, group: int = 0, row: int = 0) -> Tensor:
         """Words of a piece of attention's scores, (groups, queries, keys), which begins at a group and a row."""
         if self.keys is None:
-            return self.ahead.pop() if self.ahead else self._drawn(shape, device)
+            return self._drawn(shape, device)
         group, row = group + self.first[0], row + self.first[1]
         groups = torch.arange(group, group + shape[0], device=device)[:, None]
         rows = torch.arange(row, row + shape[1], device=device)
@@ -134,15 +134,15 @@ class Dropout:
     def elements(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
         """Words of a tensor (N, …, C) at one of the elementwise sites."""
         if self.keys is None:
-            return self.ahead.pop() if self.ahead else self._drawn(shape, device)
+            return self._drawn(shape, device)
         positions = torch.arange(math.prod(shape[1:-1]), device=device).view(shape[1:-1])
         rows = torch.arange(self.first[1], self.first[1] + shape[0], device=device)
         return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
 
     def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
-        """Draws the words of the next calls from the default generator at once, which is quicker for small shapes."""
+        """Makes the next multipliers at once, from the default generator, which is quicker for small shapes."""
         sizes = [math.prod(shape) for shape in shapes]
-        parts = self._drawn((sum(sizes),), device).split_with_sizes(sizes)
+        parts = self.as_multiplier(self._drawn((sum(sizes),), device)).split_with_sizes(sizes)
         self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -183,19 +183,23 @@ class Dropout:
             return words.view(*shape, byte.shape[-1] * 8)[..., :columns]
         return words.view(torch.int16)[..., :columns] ^ -_HALF  # keeps the order of unsigned numbers
 
-    def keep(self, x: Tensor, words: Tensor) -> Tensor:
-        """x with zeros where dropped, not scaled. Differentiable, and one vectorised pass on CPUs."""
-        if x.dtype.itemsize < 4:  # too narrow to hold a word
-            return _threshold(x.float(), words.float(), self.limit).to(x.dtype)
-        return _threshold(x, words, self.limit)
-
     def multiplier(self, site: Site, group: Tensor, row: Tensor, columns: int, first_column: int = 0) -> Tensor:
         """:meth:`as_multiplier` of :meth:`words`."""
         return self.as_multiplier(self.words(site, group, row, columns, first_column))
 
     def as_multiplier(self, words: Tensor) -> Tensor:
         """What dropout multiplies by: 0 where dropped, ``scale`` where kept, in ``dtype``."""
-        return (words > self.limit).to(self.dtype).mul_(self.scale)
+        wide = torch.promote_types(self.dtype, torch.float32)  # holds a word
+        scale = torch.full((), self.scale, dtype=wide, device=words.device)
+        return _threshold(scale, words, self.limit).to(self.dtype)
+
+    def score_multiplier(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """:meth:`as_multiplier` of all of attention's scores, (groups, queries, keys)."""
+        return self.ahead.pop() if self.ahead else self.as_multiplier(self.scores(shape, device))
+
+    def element_multiplier(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
+        """:meth:`as_multiplier` of a tensor (N, …, C) at one of the elementwise sites."""
+        return self.ahead.pop() if self.ahead else self.as_multiplier(self.elements(site, shape, device))
 
 
 def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
@@ -203,10 +207,9 @@ def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
     shape = (*q.shape[1:-1], q.shape[0], num_keys)
     if dropout.plain:
         return F.dropout(torch.ones(shape, dtype=dropout.dtype, device=q.device), dropout.dropout_p)
-    words = dropout.scores((math.prod(shape[:-2]), *shape[-2:]), q.device)
-    return dropout.as_multiplier(words).view(shape)
+    return dropout.score_multiplier((math.prod(shape[:-2]), *shape[-2:]), q.device).view(shape)
 
 
 def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
     """The multiplier for a tensor x (N, …, C) at one of the elementwise sites."""
-    return dropout.as_multiplier(dropout.elements(site, x.shape, x.device))
+    return dropout.element_multiplier(site, x.shape, x.device)

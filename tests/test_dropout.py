@@ -159,20 +159,19 @@ def test_what_is_drawn_ahead_is_given_out_in_order():
     dropout = Dropout(0.1, None, torch.float64)
     torch.manual_seed(2)
     dropout.draw_ahead(*shapes, device=torch.device("cpu"))
-    given = [dropout.scores(shapes[0], torch.device("cpu"))]
-    given += [dropout.elements(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes[1:]]
+    given = [dropout.score_multiplier(shapes[0], torch.device("cpu"))]
+    given += [dropout.element_multiplier(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes[1:]]
     assert [t.shape for t in given] == [torch.Size(s) for s in shapes]
     torch.manual_seed(2)
     numbers = Dropout(0.1, None, torch.float64).elements(Site.ACTIVATION, (30 + 28 + 36,), torch.device("cpu"))
-    assert torch.equal(torch.cat([t.flatten() for t in given]), numbers)
+    assert torch.equal(torch.cat([t.flatten() for t in given]), dropout.as_multiplier(numbers))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0001, 0.1, 0.5, 0.99999, 1.0])
-def test_what_is_kept_is_what_the_multiplier_says(dtype, p):
+def test_the_multiplier_is_the_scale_where_a_word_exceeds_the_limit(dtype, p):
     dropout = Dropout(p, torch.tensor([SEED]), dtype)
-    x = torch.randn(40, 300).to(dtype)
-    words = dropout.elements(Site.ACTIVATION, x.shape, x.device)
-    kept = dropout.keep(x, words)
-    assert kept.dtype == dtype
-    assert torch.equal(kept, x * (dropout.as_multiplier(words) > 0))
+    words = dropout.elements(Site.ACTIVATION, (40, 300), torch.device("cpu"))
+    multiplier = dropout.as_multiplier(words)
+    assert multiplier.dtype == dtype
+    assert torch.equal(multiplier, torch.where(words > dropout.limit, torch.tensor(dropout.scale, dtype=dtype), 0.0))

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf.dropout import Dropout, Site
 
 
-def _kept(x: Tensor, dropout: Dropout | None, site: Site) -> tuple[Tensor, float]:
-    """x (N, …, C) with zeros where dropped, and the factor that kept elements are still to be multiplied by."""
+def drop(x: Tensor, dropout: Dropout | None, site: Site) -> Tensor:
+    """x (N, …, C) after dropout."""
     if dropout is None or x.numel() == 0:
-        return x, 1.0
+        return x
     if dropout.plain:
-        return F.dropout(x, dropout.dropout_p), 1.0
-    return dropout.keep(x, dropout.elements(site, x.shape, x.device)), dropout.scale
-
-
-def add_dropped(residual: Tensor, x: Tensor, dropout: Dropout | None, site: Site) -> Tensor:
-    """residual + drop(x)."""
-    kept, scale = _kept(x, dropout, site)
-    return torch.add(residual, kept, alpha=scale)
+        return F.dropout(x, dropout.dropout_p)
+    return (x * dropout.element_multiplier(site, x.shape, x.device)).to(x.dtype)
 
 
 def activate(x: Tensor, activation: str, dropout: Dropout | None) -> Tensor:
     """drop(act(x)). ReLU follows dropout, so that backward and the next product read the same tensor."""
     relu = activation == "relu"
-    kept, scale = _kept(x if relu else F.gelu(x), dropout, Site.ACTIVATION)
-    kept = kept if scale == 1.0 else kept.mul_(scale)
-    return F.relu(kept) if relu else kept
+    x = drop(x if relu else F.gelu(x), dropout, Site.ACTIVATION)
+    return F.relu(x) if relu else x
 
 
 def dropout_add_layer_norm(
@@ -44,7 +36,7 @@ def dropout_add_layer_norm(
 ) -> Tensor:
     """LayerNorm(residual + drop(x))."""
     dropout = Dropout(dropout_p, seed, x.dtype) if dropout_p else None
-    return F.layer_norm(add_dropped(residual, x, dropout, Site.ATTENTION_OUTPUT), (x.shape[-1],), weight, bias, eps)
+    return F.layer_norm(residual + drop(x, dropout, Site.ATTENTION_OUTPUT), (x.shape[-1],), weight, bias, eps)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:

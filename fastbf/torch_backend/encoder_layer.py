@@ -17,7 +17,7 @@ from fastbf.dropout import Dropout, Site
 from fastbf.precision import compute_dtype
 from fastbf.reference import LayerOptions, LayerWeights, fork
 from fastbf.torch_backend import attention, attention_across_ranks
-from fastbf.torch_backend.elementwise import activate, add_dropped
+from fastbf.torch_backend.elementwise import activate, drop
 from fastbf.torch_backend.matmul import linear
 from fastbf.torch_state import autocast_dtype
 
@@ -46,11 +46,11 @@ def encoder_layer(
         o = attention.self_attention(linear(n, w.in_proj_weight, w.in_proj_bias), num_heads, dropout)
     else:
         o = _across_ranks(n, w, options, seed, batch)
-    s1 = add_dropped(x, linear(o, w.out_proj_weight, w.out_proj_bias), dropout, Site.ATTENTION_OUTPUT)
+    s1 = x + drop(linear(o, w.out_proj_weight, w.out_proj_bias), dropout, Site.ATTENTION_OUTPUT)
     z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
     u = activate(linear(z, w.linear1_weight, w.linear1_bias), activation, dropout)
     b = linear(u, w.linear2_weight, w.linear2_bias)
-    y = add_dropped(s1 if norm_first else z, b, dropout, Site.FEEDFORWARD_OUTPUT)
+    y = (s1 if norm_first else z) + drop(b, dropout, Site.FEEDFORWARD_OUTPUT)
     y = y if norm_first else F.layer_norm(y, channels, *norm2)
     return y if plain is None else fork(plain, y)
 
