@@ -102,7 +102,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Te
 
     q (G, N, D), k and v (G, M, D), contiguous.
     """
-    shape, o, scratch = (*q.shape[:2], k.shape[1]), torch.empty_like(q), _scratch(2, q, k.shape[1])
+    shape, o, scratch = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape), _scratch(2, q, k.shape[1])
     kept = q.new_empty(shape) if keep else None
     for group, row in pieces(shape, q.device):
         q_piece, o_piece = q[group, row], o[group, row]
@@ -156,7 +156,7 @@ class _Attention(Function):
         with no_autocast(do):
             dtype = ctx.call.dropout.dtype
             qkv = [t.to(dtype) for t in qkv]
-            grads = [torch.empty_like(t) for t in qkv]
+            grads = [t.new_empty(t.shape) for t in qkv]
             q, k, v, *each = (*qkv[0].unbind(), *grads[0].unbind()) if len(qkv) == 1 else (*qkv, *grads)
             backward(ctx.call, do.to(dtype).contiguous(), q, k, v, kept, each)
         return None, None, None, *grads

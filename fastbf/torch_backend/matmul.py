@@ -1,10 +1,10 @@
 """Matrix products of the torch backend.
 
 On CPU, PyTorch sends fp32 products to MKL, whose kernels for AMD processors stop at AVX2. PyTorch ships oneDNN too,
-which has kernels for AVX-512. On an AMD processor with AVX-512 large products go to oneDNN, unless the first matrix is
-transposed, as in a weight's gradient. GFLOP/s of MKL and oneDNN on two cores of one, torch 2.13.0, 2026-11-25:
-(256, 2048) · (2048, 6144) 151 and 216, (128, 512) · (512, 1536) 149 and 200, (128, 128) · (128, 384) 146 and 128;
-with the first matrix transposed 173 and 156.
+which has kernels for AVX-512. On an AMD processor with AVX-512 large products go to oneDNN. Microseconds of MKL and
+oneDNN on two threads of one that multiplies 512 bits at once, torch 2.13.0, 2026-11-27: (128, 512) · (512, 1536) 1100
+and 543, (256, 2048) · (2048, 6144) 39,990 and 14,480. On one that does so in two halves, 2026-11-25, GFLOP/s: 149 and
+200, 151 and 216.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced, watched
 
-# oneDNN is quicker for products of this many multiplications or more.
-_LARGE = 2e7
+# oneDNN is quicker for products of this many multiplications or more. What the Function below costs the host included,
+# a linear layer and its gradients take, by MKL and by oneDNN, µs: (32, 512) · (512, 512) 403 and 318, (512, 64) ·
+# (64, 192) 259 and 273.
+_LARGE = 8e6
+# oneDNN has to copy a first matrix that is transposed, as in a weight's gradient. It is quicker where at least so many
+# columns share the copy, µs: (192, 1040) · (1040, 64) 151 and 214, (576, 6304) · (6304, 192) 6955 and 5833, (1536, 128)
+# · (128, 512) 1015 and 646.
+_COLUMNS = 192
 
 
 @cache
@@ -59,9 +65,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) · b (K, N) → (M, N). Differentiable where autograd records."""
-    if torch.is_grad_enabled() or a.numel() * b.shape[1] < _LARGE or not _onednn(a, b.mT):
-        return torch.mm(a, b)
-    return _product(a, b.mT, None)
+    large = a.numel() * b.shape[1] >= _LARGE and (b.shape[1] >= _COLUMNS or a.is_contiguous())
+    return _product(a, b.mT, None) if large and not torch.is_grad_enabled() and _onednn(a, b.mT) else torch.mm(a, b)
 
 
 class _Linear(Function):
@@ -78,7 +83,7 @@ class _Linear(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             mm(grad, weight) if needs_x else None,
-            torch.mm(grad.mT, x) if needs_weight else None,
+            mm(grad.mT, x) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
 
