@@ -33,7 +33,7 @@ CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
 #: Probabilities of up to this many bytes are kept for backward.
 KEPT_BYTES = 128 << 20
 #: Up to this many scores PyTorch's operators under autograd are quickest.
-WHOLE = 1 << 17
+WHOLE = 1 << 18
 
 
 def batched(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,11 +179,16 @@ def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | 
     return (next(grads) if need else None for need in needs)
 
 
+def is_whole(scores: int, x: Tensor, dropout: Dropout) -> bool:
+    """Whether PyTorch's operators under autograd compute attention of x."""
+    return scores <= WHOLE and x.dtype == dropout.dtype and autocast_dtype(x) is None
+
+
 def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) -> Tensor:
     """Attention with dropout of what :class:`_Attention` takes. The number of scores chooses the way."""
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
-    if math.prod(shape) <= WHOLE and q.dtype == dtype and autocast_dtype(q) is None:
+    if is_whole(math.prod(shape), q, dropout):
         weights = torch.softmax(torch.bmm(q * scale, k.mT), dim=-1)
         return torch.bmm(weights * dropout.score_multiplier(shape, q.device), v)
     keep = keep and math.prod(shape) * dtype.itemsize <= KEPT_BYTES

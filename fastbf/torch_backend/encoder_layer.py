@@ -21,9 +21,6 @@ from fastbf.torch_backend.elementwise import activate, drop
 from fastbf.torch_backend.matmul import linear
 from fastbf.torch_state import autocast_dtype
 
-# A call of up to this many words draws them all at once.
-_SMALL = 1 << 16
-
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, options: LayerOptions, *, seed: Tensor | None, plain: Tensor | None = None,
@@ -56,13 +53,11 @@ def encoder_layer(
 
 
 def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None:
-    """Draws all words of a small call at once."""
-    output, n = x.shape, x.shape[0]
-    rows = math.prod(output[:-1])
-    scores = rows * num_heads * n
-    if 0 < scores + rows * (2 * output[-1] + width) <= _SMALL and scores <= attention.WHOLE:
-        hidden = (*output[:-1], width)
-        dropout.draw_ahead((rows // n * num_heads, n, n), output, hidden, output, device=x.device)
+    """Makes all multipliers of a call with few scores at once."""
+    n, rows = x.shape[0], math.prod(x.shape[:-1])
+    if rows and attention.is_whole(rows * num_heads * n, x, dropout):
+        hidden = (*x.shape[:-1], width)
+        dropout.draw_ahead((rows // n * num_heads, n, n), x.shape, hidden, x.shape, device=x.device)
 
 
 def _across_ranks(
