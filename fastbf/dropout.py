@@ -37,6 +37,9 @@ _ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
+#: Up to this many elements of several sites are drawn at once. The memory of all is held as long as that of any.
+_TOGETHER = 1 << 19
+
 _threshold = torch.ops.aten.threshold_backward  # the first argument where the second exceeds the third, else 0
 
 # Views of words as smaller integers have this order.
@@ -140,8 +143,10 @@ class Dropout:
         return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
 
     def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
-        """Makes the next multipliers at once, from the default generator, which is quicker for small shapes."""
+        """Makes the next multipliers of elementwise sites at once, where few are quicker so, without a seed."""
         sizes = [math.prod(shape) for shape in shapes]
+        if self.plain or not 0 < sum(sizes) <= _TOGETHER:
+            return
         parts = self.as_multiplier(self._drawn((sum(sizes),), device)).split_with_sizes(sizes)
         self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
 
@@ -193,10 +198,6 @@ class Dropout:
         scale = torch.full((), self.scale, dtype=wide, device=words.device)
         return _threshold(scale, words, self.limit).to(self.dtype)
 
-    def score_multiplier(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """:meth:`as_multiplier` of all of attention's scores, (groups, queries, keys)."""
-        return self.ahead.pop() if self.ahead else self.as_multiplier(self.scores(shape, device))
-
     def element_multiplier(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
         """:meth:`as_multiplier` of a tensor (N, …, C) at one of the elementwise sites."""
         return self.ahead.pop() if self.ahead else self.as_multiplier(self.elements(site, shape, device))
@@ -207,7 +208,7 @@ def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
     shape = (*q.shape[1:-1], q.shape[0], num_keys)
     if dropout.plain:
         return F.dropout(torch.ones(shape, dtype=dropout.dtype, device=q.device), dropout.dropout_p)
-    return dropout.score_multiplier((math.prod(shape[:-2]), *shape[-2:]), q.device).view(shape)
+    return dropout.as_multiplier(dropout.scores((math.prod(shape[:-2]), *shape[-2:]), q.device)).view(shape)
 
 
 def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:

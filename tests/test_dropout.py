@@ -159,8 +159,7 @@ def test_what_is_drawn_ahead_is_given_out_in_order():
     dropout = Dropout(0.1, None, torch.float64)
     torch.manual_seed(2)
     dropout.draw_ahead(*shapes, device=torch.device("cpu"))
-    given = [dropout.score_multiplier(shapes[0], torch.device("cpu"))]
-    given += [dropout.element_multiplier(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes[1:]]
+    given = [dropout.element_multiplier(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes]
     assert [t.shape for t in given] == [torch.Size(s) for s in shapes]
     torch.manual_seed(2)
     numbers = Dropout(0.1, None, torch.float64).elements(Site.ACTIVATION, (30 + 28 + 36,), torch.device("cpu"))

@@ -169,7 +169,7 @@ def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | 
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     scale, dropout = ctx.call
     if kept is None:
-        mask = dropout.score_multiplier((*q.shape[:2], k.shape[1]), q.device)
+        mask = dropout.as_multiplier(dropout.scores((*q.shape[:2], k.shape[1]), q.device))
     else:
         mask = (kept > 0).to(dropout.dtype).mul_(dropout.scale)
     with no_autocast(do):
@@ -179,18 +179,13 @@ def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | 
     return (next(grads) if need else None for need in needs)
 
 
-def is_whole(scores: int, x: Tensor, dropout: Dropout) -> bool:
-    """Whether PyTorch's operators under autograd compute attention of x."""
-    return scores <= WHOLE and x.dtype == dropout.dtype and autocast_dtype(x) is None
-
-
 def _dropped(scale: float, dropout: Dropout, *qkv: Tensor, keep: bool = True) -> Tensor:
     """Attention with dropout of what :class:`_Attention` takes. The number of scores chooses the way."""
     q, k, v = qkv[0].unbind() if len(qkv) == 1 else qkv
     shape, dtype = (*q.shape[:2], k.shape[1]), dropout.dtype
-    if is_whole(math.prod(shape), q, dropout):
+    if math.prod(shape) <= WHOLE and q.dtype == dtype and autocast_dtype(q) is None:
         weights = torch.softmax(torch.bmm(q * scale, k.mT), dim=-1)
-        return torch.bmm(weights * dropout.score_multiplier(shape, q.device), v)
+        return torch.bmm(weights * dropout.as_multiplier(dropout.scores(shape, q.device)), v)
     keep = keep and math.prod(shape) * dtype.itemsize <= KEPT_BYTES
     if not keep and dropout.keys is None:
         dropout = Dropout(dropout.dropout_p, draw_seed(q.device), dtype)

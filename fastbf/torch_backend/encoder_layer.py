@@ -5,8 +5,6 @@ Autograd records PyTorch's operators. This costs the host less than an autograd 
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,14 +33,14 @@ def encoder_layer(
     if dropout_p:
         first = (0, 0 if batch is None else batch.first(), 0)
         dropout = Dropout(dropout_p, seed, compute_dtype(autocast_dtype(x) or x.dtype), first)
-        if seed is None and not dropout.plain:
-            _draw_ahead(dropout, x, w.linear1_weight.shape[0], num_heads)
 
     n = F.layer_norm(x, channels, *norm1) if norm_first else x
     if batch is None:
         o = attention.self_attention(linear(n, w.in_proj_weight, w.in_proj_bias), num_heads, dropout)
     else:
         o = _across_ranks(n, w, options, seed, batch)
+    if dropout is not None and seed is None:
+        dropout.draw_ahead(x.shape, (*x.shape[:-1], w.linear1_weight.shape[0]), x.shape, device=x.device)
     s1 = x + drop(linear(o, w.out_proj_weight, w.out_proj_bias), dropout, Site.ATTENTION_OUTPUT)
     z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
     u = activate(linear(z, w.linear1_weight, w.linear1_bias), activation, dropout)
@@ -50,14 +48,6 @@ def encoder_layer(
     y = (s1 if norm_first else z) + drop(b, dropout, Site.FEEDFORWARD_OUTPUT)
     y = y if norm_first else F.layer_norm(y, channels, *norm2)
     return y if plain is None else fork(plain, y)
-
-
-def _draw_ahead(dropout: Dropout, x: Tensor, width: int, num_heads: int) -> None:
-    """Makes all multipliers of a call with few scores at once."""
-    n, rows = x.shape[0], math.prod(x.shape[:-1])
-    if rows and attention.is_whole(rows * num_heads * n, x, dropout):
-        hidden = (*x.shape[:-1], width)
-        dropout.draw_ahead((rows // n * num_heads, n, n), x.shape, hidden, x.shape, device=x.device)
 
 
 def _across_ranks(

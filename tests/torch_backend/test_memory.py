@@ -24,7 +24,18 @@ def peak(step):
     return memory.peak
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [(128, 512, 1000), (1024, 128, 1000), (2048, 64, 10), (256, 128, 8142)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"),
+    [
+        (128, 512, 1000),
+        (1024, 128, 1000),
+        (2048, 64, 10),
+        (256, 128, 8142),
+        (128, 16, 10),
+        (181, 32, 10),
+        (256, 64, 100),
+    ],
+)
 def test_no_higher_than_the_papers(n, c, k):
     x, y = torch.randn(n, c, requires_grad=True), torch.randint(0, k, (n,))
     encoder, linear = paper.encoder(c), nn.Linear(c, k)

@@ -172,7 +172,6 @@ def test_error_is_within_twice_eagers(way, p, dtype, autocast, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_site_of_a_layer_without_a_seed_has_its_own_multiplier(dtype, autocast):
-    """All are drawn at once where attention is whole, and one after another in narrow dtypes and under autocast."""
     layer = fastbf.BatchFormerLayer(8, 2, 24, 0.5, backend="torch", dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert layer(torch.randn(5, 3, 8, dtype=dtype)).isfinite().all()
