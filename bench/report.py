@@ -17,6 +17,7 @@ from bench.workloads import BUSY, LARGE, SMALL
 
 OUR_NAMES = tuple(p.name for p in OURS)
 #: The blocks about the PyTorch fallback on a CPU, and their workloads; "busy" is beside busy processes.
+_ON_A_CPU = ("cifar100-lt", *LARGE)
 FALLBACK = {"small": SMALL, "large": LARGE, "busy": BUSY}
 #: The host's times without a GPU: where launches go, by mode.
 LAUNCHED = {"host": "on the stand-in", "host-launcher": "by Triton's launcher"}
@@ -46,7 +47,9 @@ def _ordinary(r: Row) -> bool:
 
 
 def _headline(r: Row) -> bool:
-    """Whether it belongs to the tables of every device: not small either."""
+    """Whether it belongs to the tables of every device: not small either, and of a CPU's steps a few."""
+    if r["op"] == "step" and r["device_type"] == "cpu" and r["workload"] not in _ON_A_CPU:
+        return False
     return _ordinary(r) and not r["workload"].startswith("small-")
 
 
