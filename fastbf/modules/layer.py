@@ -250,8 +250,9 @@ class BatchFormerLayer(nn.TransformerEncoderLayer):
         parts = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
         return ", ".join(parts if self._group is None else [*parts, f"process_group={self._group!r}"])
 
-    def _check(self, src: Tensor, weights: tuple[Any, ...]) -> None:
-        """Checks the input, for weights in the order of ``LayerWeights``."""
+    def _check(self, src: Tensor, weights: tuple[Any, ...] | None = None) -> None:
+        """Checks the input, for the layer's weights in the order of ``LayerWeights``, if they were read already."""
+        weights = weights or self._weights()
         checks.dense("src", src)
         if src.dim() not in (2, 3):
             raise ValueError(f"src must have 2 or 3 dimensions, (S, C) or (S, B, C), got shape {tuple(src.shape)}")
