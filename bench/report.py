@@ -16,8 +16,9 @@ from bench.records import Row, read
 from bench.workloads import BUSY, LARGE, SMALL
 
 OUR_NAMES = tuple(p.name for p in OURS)
-#: The blocks about the PyTorch fallback on a CPU, and their workloads; "busy" is beside busy processes.
+#: The workloads whose steps on a CPU are in the tables of every device.
 _ON_A_CPU = ("cifar100-lt", *LARGE)
+#: The blocks about the PyTorch fallback on a CPU, and their workloads; "busy" is beside busy processes.
 FALLBACK = {"small": SMALL, "large": LARGE, "busy": BUSY}
 #: The host's times without a GPU: where launches go, by mode.
 LAUNCHED = {"host": "on the stand-in", "host-launcher": "by Triton's launcher"}

@@ -61,7 +61,7 @@ def play(
     stream = stream_for(first.device)
     if stream is None:
         return None
-    if not autocasts(device_type(first)):
+    if not autocasts(device_type(first)):  # then without a context, which would take two calls
         return tape.run(stream, seed, *tensors)
     with no_autocast(first):
         return tape.run(stream, seed, *tensors)
