@@ -37,9 +37,6 @@ _ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-#: Up to this many elements of several sites are drawn at once. The memory of all is held as long as that of any.
-_TOGETHER = 1 << 19
-
 _threshold = torch.ops.aten.threshold_backward  # the first argument where the second exceeds the third, else 0
 
 # Views of words as smaller integers have this order.
@@ -111,6 +108,7 @@ class Dropout:
         self, dropout_p: float, seed: Tensor | None, dtype: torch.dtype, first: tuple[int, int, int] = (0, 0, 0)
     ) -> None:  # fmt: skip
         self.dropout_p: float = dropout_p
+        self.seed: Tensor | None = seed
         self.threshold: int = drop_threshold(dropout_p)
         self.dtype: torch.dtype = dtype
         self.first: tuple[int, int, int] = first
@@ -120,7 +118,6 @@ class Dropout:
         if seed is not None and self.threshold == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
             bits = torch.arange(256, device=seed.device)[:, None] >> torch.arange(8, device=seed.device)
             self.table: Tensor = ((bits & 1) - 1).to(torch.int16)
-        self.ahead: list[Tensor] = []
         self.traced: bool = traced()
         #: PyTorch's own dropout decides: a compiler or a transform is active, and no seed is given.
         self.plain: bool = seed is None and self.traced
@@ -142,13 +139,15 @@ class Dropout:
         rows = torch.arange(self.first[1], self.first[1] + shape[0], device=device)
         return self.words(site, positions, rows.view(-1, *[1] * (len(shape) - 2)), shape[-1])
 
-    def draw_ahead(self, *shapes: Sequence[int], device: torch.device) -> None:
-        """Makes the next multipliers of elementwise sites at once, where few are quicker so, without a seed."""
-        sizes = [math.prod(shape) for shape in shapes]
-        if self.plain or not 0 < sum(sizes) <= _TOGETHER:
-            return
+    def multipliers(self, sites: Sequence[tuple[Site, Sequence[int]]], device: torch.device) -> list[Tensor]:
+        """:meth:`as_multiplier` of tensors (N, …, C) at elementwise sites; without a seed they are drawn at once."""
+        if self.plain:
+            return [F.dropout(torch.ones(s, dtype=self.dtype, device=device), self.dropout_p) for _, s in sites]
+        if self.keys is not None:
+            return [self.as_multiplier(self.elements(*site, device)) for site in sites]
+        sizes = [math.prod(shape) for _, shape in sites]
         parts = self.as_multiplier(self._drawn((sum(sizes),), device)).split_with_sizes(sizes)
-        self.ahead = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)][::-1]
+        return [part.view(shape) for part, (_, shape) in zip(parts, sites, strict=True)]
 
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
@@ -198,10 +197,6 @@ class Dropout:
         scale = torch.full((), self.scale, dtype=wide, device=words.device)
         return _threshold(scale, words, self.limit).to(self.dtype)
 
-    def element_multiplier(self, site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
-        """:meth:`as_multiplier` of a tensor (N, …, C) at one of the elementwise sites."""
-        return self.ahead.pop() if self.ahead else self.as_multiplier(self.elements(site, shape, device))
-
 
 def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
     """The whole multiplier (…, H, N, M) of an attention call whose queries are q (N, …, H, D)."""
@@ -213,4 +208,4 @@ def attention_mask(dropout: Dropout, q: Tensor, num_keys: int) -> Tensor:
 
 def elementwise_mask(dropout: Dropout, site: Site, x: Tensor) -> Tensor:
     """The multiplier for a tensor x (N, …, C) at one of the elementwise sites."""
-    return dropout.element_multiplier(site, x.shape, x.device)
+    return dropout.multipliers([(site, x.shape)], x.device)[0]

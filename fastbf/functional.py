@@ -365,7 +365,7 @@ def encoder_layer(
         except Exception as error:
             # Across ranks PyTorch cannot take over, because the other ranks would not do the same.
             give_up(choice, "encoder_layer", x.device, error, final=not alone)
-    out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch)
+    out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch, what=what)
     return out[:0] if absent else out
 
 

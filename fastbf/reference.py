@@ -10,6 +10,7 @@ without dropout. Masks are arguments and are not drawn here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class LayerMasks(NamedTuple):
 
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+    return x if mask is None else (x * mask).to(x.dtype)
 
 
 def heads_first(x: Tensor) -> Tensor:
@@ -116,14 +117,21 @@ def encoder_layer(
     norm_first: bool,
     eps: float,
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
+    attend: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """A whole encoder layer along the first dimension (docs/design.md, the mathematics). x (N, …, C) → (N, …, C)."""
+    """A whole encoder layer along the first dimension (docs/design.md, the mathematics). x (N, …, C) → (N, …, C).
+
+    ``attend`` computes attention with its dropout in another way, from its input (N, …, C) to o (N, …, C).
+    """
     w, channels = weights, (x.shape[-1],)
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
     n = F.layer_norm(x, channels, *norm1) if norm_first else x
-    q, k, v = split_qkv(F.linear(n, w.in_proj_weight, w.in_proj_bias), num_heads)
-    o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
-    s1 = x + _drop(F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias), masks.attention_output)
+    if attend is None:
+        q, k, v = split_qkv(F.linear(n, w.in_proj_weight, w.in_proj_bias), num_heads)
+        o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention).flatten(-2)
+    else:
+        o = attend(n)
+    s1 = x + _drop(F.linear(o, w.out_proj_weight, w.out_proj_bias), masks.attention_output)
     z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
     u = activation_dropout(F.linear(z, w.linear1_weight, w.linear1_bias), activation, mask=masks.activation)
     b = _drop(F.linear(u, w.linear2_weight, w.linear2_bias), masks.feedforward_output)

@@ -72,7 +72,7 @@ def hold(what: What, tape: Tape) -> None:
 
 
 def what(op: str, x: object, backend: object, *others: Any) -> What | None:
-    """What a call of ``op`` on x depends on besides tensors; None where it must run as written, or by PyTorch.
+    """What a call of ``op`` on x depends on besides tensors; None where it must run as written.
 
     Args:
         op: the function.
@@ -80,11 +80,11 @@ def what(op: str, x: object, backend: object, *others: Any) -> What | None:
         backend: what the caller asks for.
         others: the rest of the call. Of numbers also the types, because 1 == True.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not (x.is_cuda or backend == "triton"):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return None
     if x.is_nested or x.layout is not torch.strided or transformed():
         return None
-    return (op, x.shape, autocast_dtype(x), backend, *others)
+    return (op, x.shape, autocast_dtype(x), torch.is_grad_enabled(), backend, *others)
 
 
 def find(what: What | None, tensors: Sequence[object]) -> Tape | None:

@@ -30,6 +30,8 @@ DispatchMode: Any = _python_dispatch.TorchDispatchMode
 Operator = torch._ops.OpOverload
 #: What ``Tensor.to`` and :func:`copy_all` are to such a mode.
 CAST, COPY_ALL = torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default
+#: The last step of ``Tensor.reshape`` where it copies.
+RESHAPE_COPY = torch.ops.aten._unsafe_view.default
 
 
 def autocasts(device: str) -> bool:
@@ -112,6 +114,15 @@ def donated(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def release_saved(ctx: Any) -> None:
+    """Lets go of what a Function saved, unless the graph is retained; ``ctx.saved_tensors`` was asked for before.
+
+    Then memory is free as soon as backward has read it. Public substitute: none, and it is free when backward ends.
+    """
+    if hasattr(ctx, "maybe_clear_saved_tensors"):
+        ctx.maybe_clear_saved_tensors()
 
 
 def traced_as_constant(function: AnyFunction) -> AnyFunction:

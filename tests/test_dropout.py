@@ -154,12 +154,11 @@ def test_rates_and_independence(p, seed):
         assert chi_squared(a, b) < 25
 
 
-def test_what_is_drawn_ahead_is_given_out_in_order():
+def test_multipliers_of_several_sites_are_drawn_at_once():
     shapes = [(2, 3, 5), (4, 7), (4, 9)]
     dropout = Dropout(0.1, None, torch.float64)
     torch.manual_seed(2)
-    dropout.draw_ahead(*shapes, device=torch.device("cpu"))
-    given = [dropout.element_multiplier(Site.ACTIVATION, shape, torch.device("cpu")) for shape in shapes]
+    given = dropout.multipliers([(Site.ACTIVATION, shape) for shape in shapes], torch.device("cpu"))
     assert [t.shape for t in given] == [torch.Size(s) for s in shapes]
     torch.manual_seed(2)
     numbers = Dropout(0.1, None, torch.float64).elements(Site.ACTIVATION, (30 + 28 + 36,), torch.device("cpu"))

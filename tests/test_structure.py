@@ -36,6 +36,7 @@ FLOORS = (
         "fastbf.repeats",
         "fastbf.signatures",
         "fastbf.suggestions",
+        "fastbf.tape",
         "fastbf.torch_state",
         "fastbf.version",
         "fastbf.warned",

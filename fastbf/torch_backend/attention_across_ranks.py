@@ -90,7 +90,7 @@ class _Part(NamedTuple):
             scores = scaled_bmm(q[group, row], k[group].mT, self.scale)
             of_rows = torch.logsumexp(scores, dim=-1)
             lse[group, row] = of_rows / math.log(2)
-            words = call.words(scores.shape, q.device, group, row)
+            words = call.words(scores.shape, q.device, group.start, row.start)
             weights = call.sign(scores.sub_(of_rows[..., None]).exp_(), words, torch.empty_like(scores))
             scaled_bmm(weights.clamp_min_(0), v[group], call.kept_scale(), out=total[group, row])
         o.copy_(unbatched(total, like=o))
@@ -107,7 +107,7 @@ class _Part(NamedTuple):
         for group, row in pieces((*q.shape[:2], k.shape[1]), q.device):
             at = group, row
             weights = scaled_bmm(q[at], k[group].mT, self.scale).sub_(lse[at][..., None] * math.log(2)).exp_()
-            words = call.words(weights.shape, q.device, group, row)
+            words = call.words(weights.shape, q.device, group.start, row.start)
             ds = torch.empty_like(weights)
             weights = call.sign(weights, words, ds)
             gv[group].baddbmm_(torch.clamp_min(weights, 0, out=ds).mT, do[at], alpha=call.kept_scale())

@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.dropout import Dropout, Site
+from fastbf.dropout import Dropout, Site, elementwise_mask
 
 
 def drop(x: Tensor, dropout: Dropout | None, site: Site) -> Tensor:
     """x (N, …, C) after dropout."""
-    if dropout is None or x.numel() == 0:
-        return x
-    if dropout.plain:
-        return F.dropout(x, dropout.dropout_p)
-    return (x * dropout.element_multiplier(site, x.shape, x.device)).to(x.dtype)
+    return x if dropout is None else (x * elementwise_mask(dropout, site, x)).to(x.dtype)
 
 
 def activate(x: Tensor, activation: str, dropout: Dropout | None) -> Tensor:

@@ -9,6 +9,7 @@ and 216, 173 and 156 GFLOP/s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -80,16 +81,23 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            mm(grad, weight) if needs_x else None,
-            mm(grad.mT, x) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-        )
+        return linear_gradients(grad, x, weight, ctx.needs_input_grad)
+
+
+def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Gradients:
+    """The gradients of x (M, C), weight (K, C) and bias, of which ``needs`` says which are wanted; grad is (M, K)."""
+    needs_x, needs_weight, needs_bias = needs
+    return (
+        mm(grad, weight) if needs_x else None,
+        mm(grad.mT, x) if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
     if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
         return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)

@@ -42,7 +42,6 @@ def test_matches_the_formula(n, m, shape, p):
 @pytest.mark.parametrize("elements", [1, 50, 1000, 10**9])
 def test_pieces_change_nothing(elements, monkeypatch):
     monkeypatch.setattr(ways, "CPU_PIECE", elements)
-    monkeypatch.setattr(ways, "WHOLE", 0)
     for n in (17, 30):
         q, k, v = inputs(n, n, 3, 2, 8)
         assert_same(batch_attention(q, k, v, dropout_p=0.5, seed=SEED), formula(q, k, v, 0.5), (q, k, v))
@@ -142,9 +141,7 @@ def test_graph_of_the_gradient_when_inputs_depend_on_each_other():
     torch.testing.assert_close(torch.autograd.grad(out, x, create_graph=True)[0], plain)
 
 
-def test_backward_inside_autocast_computes_as_forward_did(monkeypatch):
-    """In pieces; PyTorch's own operators do what autocast says there."""
-    monkeypatch.setattr(ways, "WHOLE", 0)
+def test_backward_inside_autocast_computes_as_forward_did():
     q, k, v = inputs(20, 20, 2, 8, dtype=torch.float32)
     out = batch_attention(q, k, v, dropout_p=0.5, seed=SEED).sum()
     expected = torch.autograd.grad(out, (q, k, v), retain_graph=True)

@@ -1,0 +1,420 @@
+"""The operators of a call, noted once and then run as straight-line code.
+
+What a direction of an autograd Function does between its tensors (strides, flags, which operators) follows from shapes,
+strides, dtypes and numbers alone: its signature. The second call of a signature runs as written, under a dispatch mode
+that notes every operator of PyTorch. From the third on the same operators run from generated code, in which all else is
+a constant, and a view exists only where an operator reads it. The results are the same to the last bit, for less than
+half the host's time. ``triton_backend/tape.py`` adds the launches of kernels.
+
+A call that a tape cannot hold, or does not fit, runs as written.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbf.repeats import Results, Tape, What, find, hold, is_second
+from fastbf.torch_state import (
+    CAST,
+    COPY_ALL,
+    RESHAPE_COPY,
+    DispatchMode,
+    Operator,
+    allocator,
+    autocasts,
+    copy_all,
+    device_type,
+    no_autocast,
+    viewer,
+    watched,
+)
+
+aten: Any = torch.ops.aten
+_matmul: Any = torch.backends.cuda.matmul
+
+
+def play(
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, tape: Tape | None = None,
+    stream_for: Callable[[torch.device], int | None] | None = None,
+) -> Any:  # fmt: skip
+    """The results of a call, by a tape of it; None if there is none.
+
+    Args:
+        what: besides the tensors' geometry, all that the call depends on; None for one that no tape holds.
+        tensors: all that it reads, on the device of the first, which is not None. A list is emptied, so that what is
+            read for the last time frees its memory.
+        seed: that of the call, which no tape looks at.
+        tape: the one that fits, if it was found already.
+        stream_for: the stream on which a device launches kernels; None where launches take the long way.
+    """
+    if tape is None and not torch.compiler.is_compiling():
+        tape = find(what, tensors)
+    if tape is None:
+        return None
+    first: Any = tensors[0]
+    stream = None if stream_for is None else stream_for(first.device)
+    if stream is None and stream_for is not None:
+        return None
+    if not autocasts(device_type(first)):  # then without a context, which would take two calls
+        return tape.run(stream, seed, tensors)
+    with no_autocast(first):
+        return tape.run(stream, seed, tensors)
+
+
+@contextmanager
+def noting(
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None,
+    again: Callable[..., Any] | None = None, listen: Callable[[Recorder], AbstractContextManager[object]] | None = None,
+) -> Iterator[list[Any]]:  # fmt: skip
+    """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
+
+    The second call of a signature is noted. A batch of another size often comes once. Arguments as in :func:`play`;
+    ``of`` and ``again`` are those of the tape, and in the context ``listen`` notes what is no operator.
+    """
+    results: list[Any] = []
+    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
+        yield results
+        return
+    recorder = Recorder(tensors, seed)
+    with recorder, nullcontext() if listen is None else listen(recorder):
+        yield results
+    with suppress(Unrecordable):
+        hold(what, recorder.tape(results, of, again))
+
+
+def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the call is the second of its signature, and one that a tape may hold."""
+    first: Any = tensors[0]
+    of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+    given = [t for t in tensors if t is not None]
+    distinct = len({id(t) for t in given}) == len(given)
+    aligned = not any(t.data_ptr() % 16 for t in given)
+    return is_second((*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)) and distinct and aligned
+
+
+class Unrecordable(Exception):
+    """A tape does not hold it."""
+
+
+class _Base(NamedTuple):
+    """A tensor that has a name: an input, or what an operator made."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    address: int
+
+
+class Step(NamedTuple):
+    """A line, and the name that it makes."""
+
+    code: str
+    makes: str = ""
+
+
+_NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
+
+
+class Recorder(DispatchMode):  # type: ignore[misc]
+    """Notes what happens under it, as lines of Python.
+
+    Attributes:
+        steps: the lines. What listens adds its own, of what :meth:`constant`, :meth:`read` and :meth:`pointer` return.
+        failure: why no tape can be made; empty if one can.
+        paused: whether operators go unnoted.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None], seed: Tensor | None) -> None:
+        super().__init__()
+        self.environment: dict[str, object] = {}
+        self.steps: list[Step | None] = []
+        self.owners: dict[int, tuple[_Base, tuple[Any, ...], weakref.ref[Tensor]]] = {}  # by id, while a tensor lives
+        self.fresh: dict[str, int] = {}  # the step that allocates what nothing has read or written yet
+        self.views: dict[tuple[Any, ...], str] = {}
+        self.splits: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}  # by what is split
+        self.failure = ""
+        self.paused = False
+        self.by_onednn = False
+        self.count = 0
+        self.inputs = {f"x{i}": t for i, t in enumerate(inputs)}
+        self.seed = f"x{len(inputs)}", seed
+        for name, t in (*self.inputs.items(), self.seed):
+            if t is not None:
+                self._name(t, name)
+
+    def __torch_dispatch__(
+        self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.paused and not self.failure:
+            try:
+                self._note(func, args, kwargs, result)
+            except Unrecordable as error:
+                self.failure = str(error)
+        return result
+
+    # Names
+
+    def constant(self, value: object) -> str:
+        name = f"c{len(self.environment)}"
+        self.environment[name] = value
+        return name
+
+    def _once(self, value: object) -> str:
+        """The constant that has this value, one for all."""
+        found = next((name for name, held in self.environment.items() if held is value), None)
+        return found or self.constant(value)
+
+    def _new(self) -> str:
+        self.count += 1
+        return f"t{self.count}"
+
+    def _name(self, t: Tensor, name: str) -> str:
+        self._own(_Base(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr()), t)
+        return name
+
+    def _own(self, base: _Base, t: Tensor) -> None:
+        key, owners = id(t), self.owners
+        owners[key] = base, self._geometry(base, t), weakref.ref(t, lambda _: owners.pop(key, None))
+
+    def _owner(self, t: Tensor) -> _Base:
+        if id(t) not in self.owners:
+            raise Unrecordable("a tensor that is neither an input nor made here")
+        base, geometry, _ = self.owners[id(t)]
+        if self._geometry(base, t) != geometry:
+            raise Unrecordable("a tensor that was given another shape or memory")
+        return base
+
+    @staticmethod
+    def _geometry(base: _Base, t: Tensor) -> tuple[Any, ...]:
+        return base.name, tuple(t.shape), t.stride(), t.storage_offset()
+
+    def _is_whole(self, t: Tensor) -> bool:
+        base = self._owner(t)
+        return self._geometry(base, t) == (base.name, base.shape, base.stride, base.offset)
+
+    def pointer(self, t: Tensor) -> str:
+        base = self._owner(t)
+        self.fresh.pop(base.name, None)
+        distance = t.data_ptr() - base.address
+        return f"p_{base.name}" + (f" + {distance}" if distance else "")
+
+    def read(self, t: Tensor) -> str:
+        """An expression for a tensor that an operator reads or writes."""
+        base = self._owner(t)
+        self.fresh.pop(base.name, None)
+        return self._view(base, t)
+
+    def _returned(self, t: Tensor) -> str:
+        """An expression for a result. A part of an input is a view that autograd knows, and checks for changes."""
+        base = self._owner(t)
+        if base.name not in self.inputs or self._is_whole(t):
+            return self.read(t)
+        distance = int(t.storage_offset()) - base.offset
+        return f"{base.name}.as_strided({tuple(t.shape)}, {t.stride()}, {base.name}.storage_offset() + {distance})"
+
+    def _view(self, base: _Base, t: Tensor) -> str:
+        if t.dtype != base.dtype:
+            raise Unrecordable("a view of another dtype")
+        if self._is_whole(t):
+            return base.name
+        shape, stride, offset = tuple(t.shape), t.stride(), int(t.storage_offset())
+        key = self._geometry(base, t)
+        call, parts = self.splits.pop(base.name, ("", ()))
+        if key in parts:
+            names = [self.views.setdefault(part, self._new()) for part in parts]
+            self.steps.append(Step(f"{', '.join(names)}, = {call}"))
+        elif key not in self.views:
+            name = self.views[key] = self._new()
+            self.steps.append(Step(f"{name} = {self._part(base, shape, stride, offset - base.offset)}", name))
+        return self.views[key]
+
+    def _part(self, base: _Base, shape: tuple[int, ...], stride: tuple[int, ...], distance: int) -> str:
+        if (quick := viewer()) is not None:
+            return f"{self._once(quick)}({base.name}, {shape}, {stride}, {distance})"
+        return f"{base.name}.as_strided({shape}, {stride}, {base.name}.storage_offset() + {distance})"
+
+    # Operators
+
+    def _note(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func is aten.promote_types.default:  # its result is a dtype, of dtypes
+            return
+        if (func.is_view and func is not aten.view.dtype) or func is RESHAPE_COPY:
+            base = self._owner(args[0])
+            several = isinstance(result, list | tuple)
+            for view in result if several else [result]:
+                self._own(base, view)
+            if several and func in _CALLS and self._is_whole(args[0]):  # one call instead of a view each
+                rest = ", ".join(map(repr, args[1:]))
+                call = f"{self._once(_CALLS[func])}({base.name}, {rest})"
+                self.splits[base.name] = call, [self._geometry(base, view) for view in result]
+            return
+        if func in (aten.empty.memory_format, aten.new_empty.default) and result.is_contiguous():
+            name = self._name(result, self._new())
+            self.fresh[name] = len(self.steps)
+            self.steps.append(Step(f"{name} = {self._allocation(result)}", name))
+            return
+        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            raise Unrecordable("a generator, whose state goes on")
+        if func in _INTO and kwargs.keys() == {"out"} and self._may_allocate(func, args, kwargs["out"]):
+            return self._allocating(func, args, kwargs["out"])
+        self.by_onednn |= func.namespace == "mkldnn"
+        code = self._call(func, args, kwargs)
+        if any(result is a for a in (*args, *kwargs.values())) or result is None:
+            self.steps.append(Step(code))
+        elif isinstance(result, Tensor):
+            name = self._name(result, self._new())
+            self.steps.append(Step(f"{name} = {code}", name))
+        elif isinstance(result, tuple) and all(isinstance(t, Tensor | None) for t in result):
+            names = ["_" if t is None else self._name(t, self._new()) for t in result]
+            self.steps.append(Step(f"{', '.join(names)} = {code}"))
+        else:
+            raise Unrecordable(f"the results of {func}")
+
+    def _allocation(self, t: Tensor) -> str:
+        size, dtype = f"{tuple(t.shape)}, {t.stride()}", self._once(t.dtype)
+        if (quick := allocator(t.device.type)) is not None:
+            return f"{self._once(quick)}({size}, {dtype})"
+        return f"{self._once(torch.empty_strided)}({size}, dtype={dtype}, device={self._once(t.device)})"
+
+    def _call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        call: Callable[..., Any] = _CALLS.get(func, func)
+        if func in _WITH_DTYPE:  # which PyTorch's own functions take by name
+            args, kwargs = args[:-1], {**kwargs, "out_dtype": args[-1]}
+        if func is CAST and kwargs.keys() != {"dtype"}:
+            call = func
+        given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
+        return f"{self._once(call)}({', '.join(given)})"
+
+    def _argument(self, a: Any) -> str:
+        if isinstance(a, Tensor):
+            return self.read(a)
+        if isinstance(a, list | tuple) and any(isinstance(item, Tensor) for item in a):
+            return f"[{', '.join(map(self._argument, a))}]"
+        return repr(a) if isinstance(a, int | None) else self.constant(a)
+
+    def _may_allocate(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether an operator may allocate what it writes to: nothing has seen that yet, and it is whole."""
+        if func is aten.sum.IntList_out and (len(args) != 2 or len(args[1]) != 1 or args[0].dtype != out.dtype):
+            return False
+        return self._is_whole(out) and self._owner(out).name in self.fresh
+
+    def _allocating(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> None:
+        name, call = self._owner(out).name, _CALLS[func]
+        self.steps[self.fresh.pop(name)] = None
+        if func is aten.sum.IntList_out:
+            x, (dim,) = args
+            args = x, dim
+        else:
+            *bias, x, weight = args
+            transposed = weight.t()
+            self._own(self._owner(weight), transposed)
+            if self._is_whole(transposed):
+                call, args = F.linear, (x, transposed, *bias)
+        self.steps.append(Step(f"{name} = {self._once(call)}({', '.join(map(self._argument, args))})", name))
+
+    # The tape
+
+    def tape(self, results: Results, of: Any, again: Callable[..., Any] | None) -> Tape:
+        """The tape of what was noted; the last two are its own."""
+        if self.failure:
+            raise Unrecordable(self.failure)
+        returned = ", ".join("None" if t is None else self._returned(t) for t in results)
+        steps = [step for step in self.steps if step is not None]
+        addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
+        seed, inputs = self.seed[0], list(self.inputs)
+        pointers = [name for name in (*inputs, seed) if name in addressed]
+        lines = [f"{', '.join(inputs)}, = tensors", "if type(tensors) is list: tensors.clear()"]
+        lines += [f"p_{name} = {name}.data_ptr()" for name in pointers]
+        lines += [f"if ({' | '.join(f'p_{name}' for name in pointers)}) & 15: return None"] * bool(pointers)
+        last = {name: i for i, step in enumerate(steps) for name in _names(step.code)}
+        kept = {*_names(returned), seed}
+        for i, step in enumerate(steps):
+            lines.append(step.code)
+            if step.makes in addressed:
+                lines.append(f"p_{step.makes} = {step.makes}.data_ptr()")
+            if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
+                lines.append(f"del {', '.join(dead)}")
+        lines.append(f"return ({returned},)")
+        guards, body = " and ".join(self._guards()), "\n    ".join(lines)
+        source = f"def fits({', '.join(inputs)}):\n    return {guards}\n\n"
+        source += f"def run(stream, {seed}, tensors):\n    {body}\n"
+        scope: dict[str, Any] = dict(self.environment)
+        exec(compile(source, "<fastbf tape>", "exec"), scope)
+        draws = self.seed[1] is not None
+        dtypes = tuple([None if t is None else t.dtype for t in self.inputs.values()])
+        return Tape(scope["fits"], scope["run"], draws, dtypes, of, again, source)
+
+    def _guards(self) -> Iterator[str]:
+        """Conditions for tensors of the geometry that was noted, whatever they are."""
+        for name, t in self.inputs.items():
+            if t is None:
+                yield f"{name} is None"
+                continue
+            yield f"type({name}) is {self._once(type(t))} and {name}.shape == {self._once(t.shape)}"
+            # In half the time of its strides. Those of dimensions of size 1, which it leaves open, address nothing.
+            contiguous = t.is_contiguous()
+            yield f"{name}.is_contiguous()" if contiguous else f"{name}.stride() == {self.constant(t.stride())}"
+            yield f"{name}.dtype is {self._once(t.dtype)}"
+            yield f"{name}.is_cpu" if t.is_cpu else f"{name}.device == {self.constant(t.device)}"
+        if any(t is not None and t.is_cuda for t in self.inputs.values()):
+            # Attention in fp32 goes by it, products see for themselves.
+            yield f"{self._once(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
+        if self.by_onednn:
+            yield f"{self._once(torch.backends.mkldnn)}.enabled"
+
+
+def _names(code: str) -> set[str]:
+    return {m[1] for m in _NAME.finditer(code)}
+
+
+#: Quicker ways to call operators than by their overloads.
+_CALLS: dict[Operator, Callable[..., Any]] = {
+    aten.mm.default: torch.mm,
+    aten.mm.out: torch.mm,
+    aten.mm.dtype: torch.mm,
+    aten.mm.dtype_out: torch.mm,
+    aten.addmm.default: torch.addmm,
+    aten.addmm.out: torch.addmm,
+    aten.addmm.dtype: torch.addmm,
+    aten.addmm.dtype_out: torch.addmm,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.baddbmm.out: torch.baddbmm,
+    aten.copy_.default: Tensor.copy_,
+    aten.add_.Tensor: Tensor.add_,
+    aten.add.Tensor: torch.add,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
+    aten.sub_.Tensor: Tensor.sub_,
+    aten.addcmul.default: torch.addcmul,
+    aten.addcmul_.default: Tensor.addcmul_,
+    aten.copysign_.Tensor: Tensor.copysign_,
+    aten.clamp_min.out: torch.clamp_min,
+    aten.abs.out: torch.abs,
+    aten.relu_.default: Tensor.relu_,
+    aten.cat.default: torch.cat,
+    aten.clone.default: torch.clone,
+    aten.full.default: torch.full,
+    getattr(aten.random_, "from"): Tensor.random_,
+    aten.softmax.int_out: torch.softmax,
+    aten.view.dtype: Tensor.view,
+    aten.native_layer_norm.default: torch.native_layer_norm,
+    aten.sum.dim_IntList: torch.sum,
+    aten.sum.IntList_out: torch.sum,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    CAST: Tensor.to,
+    COPY_ALL: copy_all,
+}
+_WITH_DTYPE = (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out)
+_INTO = (aten.mm.out, aten.addmm.out, aten.sum.IntList_out)  # which allocate what they are not given
