@@ -25,9 +25,9 @@ from bench.ops import Problem
 from bench.providers import PROVIDERS
 from bench.tiles import PRODUCTS
 from bench.workloads import Workload
-from fastbf import backend, checks, repeats, signatures
+from fastbf import backend, checks, repeats, signatures, tape
 from fastbf.kernels import activation, add_norm, attention, cross_entropy, launch
-from fastbf.triton_backend import classifier, encoder_backward, tape
+from fastbf.triton_backend import classifier, encoder_backward
 from fastbf.triton_backend import encoder_layer as autograd
 from tests.launches import launches
 

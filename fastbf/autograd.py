@@ -1,14 +1,16 @@
-"""The backward of a Function that can be differentiated once."""
+"""A Function whose backward can be differentiated once, and gradients inside of a Function's forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -36,6 +38,20 @@ def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Ca
         return run
 
     return decorate
+
+
+@contextmanager
+def recording(enabled: bool) -> Iterator[None]:
+    """The context of operators whose gradient a Function's forward takes at once.
+
+    Hooks of the user's on saved tensors, such as those of checkpointing, are not for what is saved here.
+    """
+    with torch.set_grad_enabled(enabled), saved_tensors_hooks(_itself, _itself):
+        yield
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class _Refusing(Function):

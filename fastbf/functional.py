@@ -365,6 +365,7 @@ def encoder_layer(
         except Exception as error:
             # Across ranks PyTorch cannot take over, because the other ranks would not do the same.
             give_up(choice, "encoder_layer", x.device, error, final=not alone)
+        what = None  # which is a call of kernels
     out = layer.encoder_layer(x, weights, options, seed=seed, plain=plain, forked=forked, batch=batch, what=what)
     return out[:0] if absent else out
 
@@ -523,8 +524,9 @@ def linear_cross_entropy(
             loss, streams = kernels.linear_cross_entropy(input, linear_weight, target, options, **others, what=what)
         except Exception as error:
             give_up(choice, "linear_cross_entropy", input.device, error)
+        what = None  # which is a call of kernels
     if loss is None:
-        loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **others)
+        loss, streams = classifier.linear_cross_entropy(input, linear_weight, target, options, **others, what=what)
     return (loss, LossStats(*streams)) if stats else loss
 
 

@@ -32,6 +32,7 @@ from fastbf.torch_state import (
     autocasts,
     copy_all,
     device_type,
+    modes,
     no_autocast,
     viewer,
     watched,
@@ -373,6 +374,11 @@ class Recorder(DispatchMode):  # type: ignore[misc]
             yield f"{self._once(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
         if self.by_onednn:
             yield f"{self._once(torch.backends.mkldnn)}.enabled"
+
+
+def counted() -> bool:
+    """Whether a mode that is no recorder sees every operator of this thread, as a counter of FLOPs does."""
+    return watched() and not all(isinstance(mode, Recorder) for mode in modes())
 
 
 def _names(code: str) -> set[str]:

@@ -199,6 +199,11 @@ def watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def modes() -> list[Any]:
+    """The modes that see every operator of this thread, the outermost first. Public substitute: none."""
+    return _python_dispatch._get_current_dispatch_mode_stack()
+
+
 def unwatched() -> AbstractContextManager[object]:
     """A context in which no mode sees operators. Public substitute: none."""
     return _python_dispatch._disable_current_modes()
@@ -209,7 +214,7 @@ def add_flop_formulas(formulas: dict[Any, Any]) -> None:
 
     Public substitute: the argument ``custom_mapping`` of a counter.
     """
-    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+    for mode in modes():
         counter: Any = getattr(mode, "counter", None)
         if hasattr(counter, "flop_registry"):
             counter.flop_registry = {**formulas, **counter.flop_registry}

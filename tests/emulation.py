@@ -13,14 +13,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastbf import backend, functional, repeats, signatures
+from fastbf import backend, functional, repeats, signatures, tape
 from fastbf.dropout import Dropout, Site
 from fastbf.dropout import attention_mask as materialised_attention_mask
 from fastbf.dropout import elementwise_mask as materialised_elementwise_mask
 from fastbf.kernels import attention, launch
 from fastbf.kernels.attention_configs import TABLE, Config
 from fastbf.kernels.limits import Limits
-from fastbf.triton_backend import classifier, tape
+from fastbf.triton_backend import classifier
 
 MEMORY = 80 << 30  #: bytes of an emulated GPU
 

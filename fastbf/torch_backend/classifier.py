@@ -1,198 +1,237 @@
-"""The torch backend's classifier loss: linear and cross-entropy in chunks of rows.
+"""The torch backend's classifier loss: a linear map and cross-entropy, as one autograd Function.
 
-The autograd Function keeps the logits once, in the dtype of the product, unless they are large. Their gradient
-overwrites them if backward runs only once. For a graph of the gradient (double backward) it differentiates the
-reference.
+Forward computes the gradient of the logits with the loss, while they are in the cache, by PyTorch's own cross-entropy.
+Backward scales it and multiplies it by the input and the weight. It takes the memory of the logits, unless they are
+large: then both directions compute them in chunks of rows. For a graph of the gradient (double backward) the reference
+is differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastbf import reference
+from fastbf import reference, tape
+from fastbf.autograd import Gradients, recording
 from fastbf.precision import chunk_elements, compute_dtype, loss_dtype, widened
 from fastbf.reference import LossOptions
+from fastbf.repeats import Tape, What
 from fastbf.torch_backend.matmul import linear, mm
-from fastbf.torch_state import autocast, autocast_dtype, differentiated, donated, is_batched, no_autocast, traced
+from fastbf.torch_state import (
+    autocast,
+    autocast_dtype,
+    differentiated,
+    donated,
+    is_batched,
+    no_autocast,
+    release_saved,
+    traced,
+)
 
 # The least number of rows in a matrix product.
 _MIN_ROWS = 512
-# Up to this many bytes of logits are kept for backward. Larger ones are computed again, in chunks.
+# Up to this many bytes of logits have their gradient kept for backward. Larger ones are computed again, in chunks.
 KEEP_LOGITS_BYTES = 1 << 30
-# Up to this many logits PyTorch's own operators are quickest.
+# Up to this many logits are one part.
 SMALL = 1 << 19
 
 
-class _Targets:
-    """The targets of rows of logits. Row r has target r mod N, so a fork needs no copy of the target."""
+class _Call(NamedTuple):
+    """A call without its tensors."""
 
-    def __init__(
-        self, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, num_classes: int
-    ) -> None:  # fmt: skip
-        self.target, self.weight, self.ignore_index = target, weight, ignore_index
-        self.smoothing, self.num_classes = smoothing, num_classes
-        self.total_weight = num_classes if weight is None else weight.sum()
+    options: LossOptions
+    shape: torch.Size  #: of the input, (M, …, C)
+    dtype: torch.dtype  #: of the loss
+    autocast: torch.dtype | None
+    grad: bool  #: whether backward follows
+    keep: bool  #: whether the logits' gradient is kept for it
 
-    def pieces(self, rows: range) -> Iterator[tuple[slice, Tensor]]:
-        """Cuts a range of rows at the boundary of the streams: (the piece within the range, its targets)."""
-        n, start = self.target.shape[0], rows.start
-        while start < rows.stop:
-            stop = min(rows.stop, (start // n + 1) * n)
-            first = start % n
-            yield slice(start - rows.start, stop - rows.start), self.target[first : first + stop - start]
-            start = stop
+    @property
+    def ignore_index(self) -> int:
+        return self.options.ignore_index
 
-    def distribution(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Class-weighted, smoothed probabilities: what multiplies -log p."""
-        t = t.to(dtype)
-        if self.smoothing:
-            t = t * (1 - self.smoothing) + self.smoothing / self.num_classes
-        return t if self.weight is None else t * self.weight
+    def operands(self, *tensors: Tensor | None) -> list[Any]:
+        """The input in rows, the weight and the bias, in the dtype of the product."""
+        x, *others = tensors if self.autocast is None else [t if t is None else t.to(self.autocast) for t in tensors]
+        assert x is not None
+        return [x.reshape(-1, x.shape[-1]), *others]
 
-    def loss(self, log_p: Tensor, t: Tensor) -> Tensor:
-        """Loss of every row. log_p (R, K) log-probabilities, t the rows' targets → (R,)."""
-        if t.is_floating_point():
-            return -(self.distribution(t, log_p.dtype) * log_p).sum(-1)
-        loss = F.nll_loss(log_p, t, self.weight, ignore_index=self.ignore_index, reduction="none")
-        if not self.smoothing:
-            return loss
-        uniform = log_p.sum(-1) if self.weight is None else log_p @ self.weight
-        loss = (1 - self.smoothing) * loss - self.smoothing / self.num_classes * uniform
-        return torch.where(t != self.ignore_index, loss, 0)
 
-    def d_logits(self, logits: Tensor, t: Tensor, grad: Tensor, out: Tensor) -> None:
-        """Writes into ``out`` (R, K) the gradient of Σ grad · loss by the logits: grad · (p · Σ t - t), row by row."""
-        d = torch.softmax(logits, -1, out=out)
-        if t.is_floating_point():
-            t = self.distribution(t, logits.dtype)
-            d.mul_(t.sum(-1, keepdim=True)).sub_(t).mul_(grad[:, None])
-            return
-        valid = t != self.ignore_index
-        index, grad = torch.where(valid, t, 0)[:, None], torch.where(valid, grad, 0)[:, None]
-        hit = grad if self.weight is None else grad * self.weight[index]
-        if not self.smoothing:
-            d.mul_(hit)
-        else:
-            hit, uniform = hit * (1 - self.smoothing), grad * (self.smoothing / self.num_classes)
-            d.mul_(hit + uniform * self.total_weight)
-            d -= uniform if self.weight is None else uniform * self.weight
-        d.scatter_add_(1, index, -hit)
+class _Loss(NamedTuple):
+    """What the loss of a row depends on besides its logits."""
+
+    target: Tensor  #: of one stream, (N,) or (N, K)
+    weight: Tensor | None
+    logit_bias: Tensor | None
+    options: LossOptions
+
+    def of_rows(self, z: Tensor, first: int, grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of rows of products z, of which the first is row ``first``; their gradient; and whether each is right.
+
+        The rows are those of one stream.
+        """
+        target = self.target[first % len(self.target) :][: len(z)]
+        unadjusted = reference.class_logits(widened(z), self.options.scale, None)
+        logits = reference.class_logits(unadjusted, 1.0, self.logit_bias)
+        with recording(grad):
+            leaf = logits.detach().requires_grad_(grad)
+            kind: dict[str, Any] = {
+                "ignore_index": self.options.ignore_index,
+                "label_smoothing": self.options.label_smoothing,
+            }
+            loss = F.cross_entropy(leaf, target, self.weight, reduction="none", **kind)
+        d_logits = torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0] if grad else None
+        right = None
+        if self.options.stats:
+            right = reference.correct(logits, unadjusted, target, self.options.ignore_index)
+        return loss.detach(), d_logits, right
 
 
 class _LinearCrossEntropy(Function):
-    """Loss of every row of logits scale · (x Wᵀ + b) + logit_bias, and ``reference.correct`` of them.
+    """Returns the loss, and statistics if they are asked for.
 
-    Saves the input, the weight, the target and, if ``keep``, the product x Wᵀ + b in its own dtype.
+    Saves its tensors, the logits' gradient if the call keeps it, and what a mean divides by if the gradient lacks it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, logit_bias: Tensor | None,
-        targets: _Targets, scale: float, count: bool, keep: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        rows = x.shape[0]
-        loss = x.new_empty(rows, dtype=compute_dtype(x.dtype))
-        correct = torch.empty(2, rows if count else 0, dtype=torch.bool, device=x.device)
-        kept = None
-        for r in [range(rows)] if keep else _products(x, linear_weight.shape[0]):
-            z = linear(x[r.start : r.stop], linear_weight, linear_bias)
-            _losses(z, r, targets, scale, logit_bias, loss=loss, correct=correct if count else None)
-            kept = z if keep else None
-            del z  # frees its memory before the next product
-        ctx.save_for_backward(x, linear_weight, linear_bias, logit_bias, targets.target, targets.weight, kept)
-        ctx.targets, ctx.scale = targets, scale
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        target: Tensor, weight: Tensor | None, call: _Call, what: What | None, found: Tape | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = x, linear_weight, linear_bias, logit_bias, target, weight
+        made = tape.play(what, inputs, None, found)
+        if made is None:
+            with tape.noting(what, inputs, None, call, again) as made, no_autocast(x):
+                made += _forward(call, inputs)
+        d_logits, divisor, loss, *stats = made
+        ctx.save_for_backward(*inputs, d_logits, divisor)
+        ctx.call = call
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        *inputs, _, _, kept = ctx.saved_tensors
-        x, linear_weight, linear_bias, logit_bias = inputs
-        needs, targets, scale, rest = ctx.needs_input_grad[:4], ctx.targets, ctx.scale, [None] * 4
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+        call, needs, tensors = ctx.call, ctx.needs_input_grad, [grad, *ctx.saved_tensors]
+        if grad is None:  # that of the statistics alone
+            return (None,) * len(needs)
         if torch.is_grad_enabled() or is_batched(grad):
             with torch.enable_grad():
-                return *_differentiable(inputs, needs, targets, scale, grad), *rest
-        in_place = kept is not None and donated(x)
-        chunks = [range(x.shape[0])] if in_place else list(_products(x, linear_weight.shape[0]))
-        room = None if kept is None or in_place else x.new_empty(len(chunks[0]), linear_weight.shape[0])
-        dx, dw, db = torch.empty_like(x) if needs[0] and len(chunks) > 1 else None, None, None
-        with no_autocast(x):
-            for r in chunks:
-                rows = slice(r.start, r.stop)
-                z = linear(x[rows], linear_weight, linear_bias) if kept is None else kept[rows]
-                dz = z if room is None else room[: len(r)]
-                sums = _d_products(z, r, targets, grad, scale, logit_bias, needs[2] or needs[3], out=dz)
-                db = sums if db is None or sums is None else db.add_(sums)
-                if dx is not None:
-                    dx[rows] = mm(dz, linear_weight)
-                elif needs[0]:
-                    dx = mm(dz, linear_weight)
-                if needs[1]:
-                    dw = torch.mm(dz.mT, x[rows]) if dw is None else _add_mm(dw.to(grad.dtype), dz.mT, x[rows])
-                del z, dz
-        return (
-            dx,
-            None if dw is None else dw.to(linear_weight.dtype),
-            (db * scale).to(linear_bias.dtype) if needs[2] and db is not None else None,
-            db.to(logit_bias.dtype) if needs[3] and db is not None else None,
-            *rest,
-        )
+                return _differentiable(call, tensors, needs)
+        overwrites = call.keep and donated(grad)
+        release_saved(ctx)
+        what = "torch: linear_cross_entropy backward", call, needs, overwrites
+        made = tape.play(what, tensors)
+        if made is None:
+            with tape.noting(what, tensors) as made, no_autocast(grad):
+                made += _backward(call, tensors, needs, overwrites)
+        return tuple(made)
 
 
-def _losses(
-    z: Tensor, rows: range, targets: _Targets, scale: float, logit_bias: Tensor | None, *, loss: Tensor,
-    correct: Tensor | None,
-) -> None:  # fmt: skip
-    """Writes loss and ``reference.correct`` of ``rows``, whose products are z, into the tensors of all rows."""
-    for part in _parts(rows, z):
-        unadjusted = reference.class_logits(_within(z, rows, part).to(loss.dtype), scale, None)
-        logits = reference.class_logits(unadjusted, 1.0, logit_bias)
-        log_p = torch.log_softmax(logits, -1)
-        for piece, t in targets.pieces(part):
-            at = slice(part.start + piece.start, part.start + piece.stop)
-            loss[at] = targets.loss(log_p[piece], t)
+def _forward(call: _Call, tensors: Sequence[Any]) -> list[Tensor | None]:
+    """The logits' gradient, what a mean divides by, the loss, and statistics if they are asked for."""
+    x, matrix, bias = call.operands(*tensors[:3])
+    logit_bias, target, weight = tensors[3:]
+    options, rows, num_classes = call.options, x.shape[0], matrix.shape[0]
+    compute = compute_dtype(x.dtype)
+    logit_bias, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
+    target = _flat(target)
+    if rows * num_classes <= SMALL:
+        leaf = reference.class_logits(widened(linear(x, matrix, bias)), options.scale, None).detach()
+        with recording(call.grad):
+            leaf.requires_grad_(call.grad)
+            result, stats = _of_logits(leaf, target, call.shape[:-1], options, factor, logit_bias, call.dtype)
+        d_logits = torch.autograd.grad(result, leaf, torch.ones_like(result))[0] if call.grad else None
+        return [d_logits, None, result.detach(), *stats]
+    loss_of = _Loss(target, factor, logit_bias, options)
+    loss = x.new_empty(rows, dtype=compute)
+    right = torch.empty(2, rows if options.stats else 0, dtype=torch.bool, device=x.device)
+    kept = None
+    for r in [range(rows)] if call.keep else _products(x, num_classes):
+        z = linear(x[r.start : r.stop], matrix, bias)
+        for part in _parts(r, z, len(target)):
+            within = slice(part.start - r.start, part.stop - r.start)
+            loss[part.start : part.stop], d, correct = loss_of.of_rows(z[within], part.start, call.keep)
+            if d is not None:
+                z[within] = d
             if correct is not None:
-                correct[:, at] = reference.correct(logits[piece], unadjusted[piece], t, targets.ignore_index)
+                right[:, part.start : part.stop] = correct
+        kept = z if call.keep else None
+        del z  # frees its memory before the next product
+    divisor = _divisor(target, factor, options, compute)
+    result, stats = _reduced(loss, right, target, call.shape[:-1], options, divisor, call.dtype)
+    return [kept, divisor if options.reduction == "mean" else None, result, *stats]
 
 
-def _d_products(
-    z: Tensor, rows: range, targets: _Targets, grad: Tensor, scale: float, logit_bias: Tensor | None, wanted: bool, *,
-    out: Tensor,
-) -> Tensor | None:  # fmt: skip
-    """Writes the gradient of z, which holds ``rows``. If ``wanted``, returns the logits' gradient summed over rows."""
-    sums = None
-    for part in _parts(rows, z):
-        logits = reference.class_logits(_within(z, rows, part).to(grad.dtype), scale, logit_bias)
-        d = torch.empty_like(logits)
-        for piece, t in targets.pieces(part):
-            targets.d_logits(logits[piece], t, grad[part.start : part.stop][piece], out=d[piece])
-        if wanted:
-            sums = d.sum(0) if sums is None else sums.add_(d.sum(0))
-        _within(out, rows, part).copy_(d if scale == 1.0 else d.mul_(scale))
-    return sums
+def _backward(call: _Call, tensors: list[Any], needs: Sequence[bool], overwrites: bool) -> list[Tensor | None]:
+    """The gradients of forward's arguments, of which ``needs`` says which are wanted.
+
+    ``tensors`` are the loss's gradient and what forward saved; the list is emptied. ``overwrites`` allows the products'
+    gradient to take the place of what was kept.
+    """
+    grad, x, matrix, bias, logit_bias, target, weight, kept, divisor = tensors
+    tensors.clear()
+    shape, options = x.shape, call.options
+    x, matrix, bias = call.operands(x, matrix, bias)
+    compute, num_classes = compute_dtype(x.dtype), matrix.shape[0]
+    grad = (grad.reshape(-1, 1) if options.reduction == "none" else grad).to(compute)
+    grad = grad if divisor is None else grad / divisor
+    chunks = [range(x.shape[0])] if overwrites else list(_products(x, num_classes))
+    dx = torch.empty_like(x) if needs[0] and len(chunks) > 1 else None
+    dw: Any = None
+    sums: Any = None
+    prior, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
+    loss_of = _Loss(_flat(target), factor, prior, options._replace(stats=False))
+    for r in chunks:
+        rows = slice(r.start, r.stop)
+        if kept is None:
+            d = linear(x[rows], matrix, bias)
+            for part in _parts(r, d, len(loss_of.target)):
+                within = slice(part.start - r.start, part.stop - r.start)
+                _, of_part, _ = loss_of.of_rows(d[within], part.start, True)
+                assert of_part is not None
+                d[within] = of_part
+        else:
+            d = kept[rows] if overwrites else kept[rows].clone()
+        d.mul_(grad if grad.dim() == 0 else grad[rows])
+        if needs[2] or needs[3]:
+            sum_ = d.sum(0, dtype=compute)
+            sums = sum_ if sums is None else sums.add_(sum_)
+        dz = (d if options.scale == 1.0 else d.mul_(options.scale)).to(x.dtype)
+        if dx is not None:
+            dx[rows] = mm(dz, matrix)
+        elif needs[0]:
+            dx = mm(dz, matrix)
+        if needs[1]:
+            dw = mm(dz.mT, x[rows]) if dw is None else _add_mm(dw.to(compute), dz.mT, x[rows])
+        del d, dz
+    d_bias = None
+    if needs[2]:
+        d_bias = sums if options.scale == 1.0 and not needs[3] else sums * options.scale
+    return [None if dx is None else dx.view(shape), dw, d_bias, sums if needs[3] else None, *[None] * 5]
 
 
-def _differentiable(
-    inputs: Sequence[Any], needs: Sequence[bool], targets: _Targets, scale: float, grad: Tensor
-) -> Iterator[Tensor | None]:
-    """The gradients with a graph of their own, by autograd from the reference."""
+def _differentiable(call: _Call, tensors: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+    """As :func:`_backward`, with a graph of the gradients' own, by autograd from the reference."""
+    grad, *inputs = tensors[:5]
+    target, weight = tensors[5:7]
     # Views, because one input may be computed from another and only the direct dependence counts.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
-    x, linear_weight, linear_bias, logit_bias = inputs
-    target = targets.target if len(x) == len(targets.target) else torch.cat([targets.target, targets.target])
-    terms, _ = reference.linear_cross_entropy_terms(
-        x, linear_weight, target, linear_bias=linear_bias, weight=targets.weight, logit_bias=logit_bias, scale=scale,
-        ignore_index=targets.ignore_index, label_smoothing=targets.smoothing,
-    )  # fmt: skip
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(terms.loss, wanted, grad.to(terms.loss.dtype), create_graph=True))
-    return (next(grads) if need else None for need in needs)
+    options = call.options
+    with no_autocast(grad):
+        x, matrix, bias = call.operands(*inputs[:3])
+        loss, _ = _of_logits(
+            reference.class_logits(widened(F.linear(x, matrix, bias)), options.scale, None), _flat(target),
+            call.shape[:-1], options._replace(stats=False), weight, inputs[3], call.dtype,
+        )  # fmt: skip
+    wanted = [t for t, need in zip(inputs, needs[:4], strict=True) if need]
+    grads = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return *(next(grads) if need else None for need in needs[:4]), *[None] * 5
 
 
 def _products(x: Tensor, num_classes: int) -> Iterator[range]:
@@ -201,9 +240,14 @@ def _products(x: Tensor, num_classes: int) -> Iterator[range]:
     return _cut(range(x.shape[0]), max(_MIN_ROWS, elements // num_classes))
 
 
-def _parts(rows: range, z: Tensor) -> Iterator[range]:
-    """Cuts rows into parts that fit the cache, for the work between two products."""
-    return _cut(rows, max(1, chunk_elements(z.device, compute_dtype(z.dtype)) // z.shape[1]))
+def _parts(rows: range, z: Tensor, n: int) -> Iterator[range]:
+    """Cuts rows into parts that fit the cache, each of one stream of n rows, for the work between two products."""
+    # Half a chunk, because cross-entropy and its gradient take several tensors of the logits' size.
+    step, start = max(1, chunk_elements(z.device, compute_dtype(z.dtype)) // (2 * z.shape[1])), rows.start
+    while start < rows.stop:
+        stop = min(rows.stop, (start // n + 1) * n)
+        yield from _cut(range(start, stop), step)
+        start = stop
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -217,37 +261,32 @@ def _cut(rows: range, step: int) -> Iterator[range]:
         yield range(start, min(start + step, rows.stop))
 
 
-def _within(z: Tensor, rows: range, part: range) -> Tensor:
-    """The rows ``part`` of z, which holds ``rows``."""
-    return z[part.start - rows.start : part.stop - rows.start]
-
-
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: LossOptions, *, linear_bias: Tensor | None,
-    weight: Tensor | None, logit_bias: Tensor | None,
+    weight: Tensor | None, logit_bias: Tensor | None, what: What | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy, else nothing."""
-    scale, _, ignore_index, label_smoothing, _, stats = options
-    rows, num_classes, x = input.shape[:-1], linear_weight.shape[0], input
-    if len(rows) > 1:
-        x, target = input.flatten(0, -2), _flat(target)
-    if autocast_dtype(input) is None:
-        dtype = loss_dtype(x.dtype, target, logit_bias)
-    else:
-        x, linear_weight, linear_bias = autocast(x, linear_weight, linear_bias)  # type: ignore[assignment]
-        dtype = compute_dtype(x.dtype)
-    plain = traced() or target.requires_grad or (weight is not None and weight.requires_grad)
-    if plain or x.shape[0] * num_classes <= SMALL:
-        logits = reference.class_logits(widened(linear(x, linear_weight, linear_bias)), scale, None)
-        return _of_logits(logits, target, rows, options, weight, logit_bias, dtype)
-    compute = compute_dtype(x.dtype)
-    prior, factor = (None if t is None else t.to(compute) for t in (logit_bias, weight))
-    keep = x.shape[0] * num_classes * x.dtype.itemsize <= KEEP_LOGITS_BYTES
-    keep = keep and differentiated(x, linear_weight, linear_bias, prior)
-    targets = _Targets(target, factor, ignore_index, label_smoothing, num_classes)
-    with no_autocast(x):
-        loss, right = _LinearCrossEntropy.apply(x, linear_weight, linear_bias, prior, targets, scale, stats, keep)
-    return _reduced(loss, right, target, rows, options, weight, dtype)
+    """The loss, and with ``stats`` each stream's loss, accuracy and unadjusted accuracy, else nothing.
+
+    A tape of the call is for calls of ``what``, and :func:`again` makes them by it.
+    """
+    autocasts, tensors = autocast_dtype(input), (input, linear_weight, linear_bias, logit_bias, target, weight)
+    dtype = loss_dtype(input.dtype, target, logit_bias) if autocasts is None else compute_dtype(autocasts)
+    if traced() or input.numel() == 0 or target.requires_grad or (weight is not None and weight.requires_grad):
+        operands: Any = autocast(input.flatten(0, -2), linear_weight, linear_bias)
+        logits = reference.class_logits(widened(F.linear(*operands)), options.scale, None)
+        return _of_logits(logits, _flat(target), input.shape[:-1], options, weight, logit_bias, dtype)
+    grad = differentiated(*tensors)
+    size = input.shape[:-1].numel() * linear_weight.shape[0] * (autocasts or input.dtype).itemsize
+    call = _Call(options, input.shape, dtype, autocasts, grad, grad and size <= KEEP_LOGITS_BYTES)
+    what = what or ("torch: linear_cross_entropy", call)
+    loss, *stats = _LinearCrossEntropy.apply(*tensors, call, what, None)
+    return loss, tuple(stats)
+
+
+def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A call that a tape fits, given input, linear_weight, linear_bias, logit_bias, target and weight."""
+    loss, *stats = _LinearCrossEntropy.apply(*tensors, found.of, None, found)
+    return loss, tuple(stats)
 
 
 def cross_entropy(
@@ -280,23 +319,26 @@ def _of_logits(
         return result if result.dtype == dtype else result.to(dtype), ()
     loss, _ = reference.cross_entropy_terms(logits, repeated, weight=factor, **kind)
     right = reference.correct(logits, unadjusted, repeated, options.ignore_index)
-    return _reduced(loss, right, target, rows, options, weight, dtype)
+    return _reduced(loss, right, target, rows, options, _divisor(target, weight, options, loss.dtype), dtype)
+
+
+def _divisor(target: Tensor, weight: Tensor | None, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """What the mean over all streams divides by: NaN if no row counts, smoothed or not."""
+    total = reference.row_norm(target, weight, options.ignore_index, dtype).sum() * (2 if options.forked else 1)
+    return torch.where(total == 0, torch.nan, total)
 
 
 def _reduced(
-    loss: Tensor, right: Tensor, target: Tensor, rows: torch.Size, options: LossOptions, weight: Tensor | None,
+    loss: Tensor, right: Tensor, target: Tensor, rows: torch.Size, options: LossOptions, divisor: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The results from the loss of every row and ``reference.correct``."""
-    forked, ignore_index = options.forked, options.ignore_index
-    norm = reference.row_norm(target, weight, ignore_index, loss.dtype)
-    denominator = norm.sum()  # of one stream
-    denominator = torch.where(denominator == 0, torch.nan, denominator)  # NaN if no row counts, smoothed or not
     result = loss.view(rows) if options.reduction == "none" else loss.sum()
-    result = (result / (denominator * (2 if forked else 1)) if options.reduction == "mean" else result).to(dtype)
+    result = (result / divisor if options.reduction == "mean" else result).to(dtype)
     if not options.stats:
         return result, ()
-    streams = loss.detach().view(2 if forked else 1, -1)
-    counted = torch.ones_like(norm) if target.is_floating_point() else (target != ignore_index).to(norm.dtype)
-    accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(norm.dtype).sum(-1) / counted.sum()
-    return result, (streams.sum(-1) / denominator.detach(), accuracy, unadjusted_accuracy)
+    streams = loss.detach().view(2 if options.forked else 1, -1)
+    counts = target.is_floating_point() or target != options.ignore_index
+    counted = streams.shape[1] if counts is True else counts.sum()
+    accuracy, unadjusted_accuracy = right.view(2, *streams.shape).to(loss.dtype).sum(-1) / counted
+    return result, (streams.sum(-1) * len(streams) / divisor.detach(), accuracy, unadjusted_accuracy)

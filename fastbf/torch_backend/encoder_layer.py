@@ -20,7 +20,7 @@ from fastbf.autograd import Gradients
 from fastbf.distributed import collectives, gathering
 from fastbf.distributed.exchange import split_kv
 from fastbf.distributed.process_groups import Batch
-from fastbf.dropout import Dropout, Site
+from fastbf.dropout import Dropout, Site, draw_seed
 from fastbf.precision import compute_dtype
 from fastbf.reference import LayerMasks, LayerOptions, LayerWeights
 from fastbf.repeats import Tape, What
@@ -140,7 +140,8 @@ def encoder_layer(
 
 def again(found: Tape, x: Tensor, other: Tensor | None, weights: tuple[Tensor | None, ...]) -> Tensor:
     """A call that a tape fits; ``other`` is ``plain``, unless that is x; the weights are in ``LayerWeights``' order."""
-    return _EncoderLayer.apply(x, other, None, found.of, None, found, *weights)
+    seed = draw_seed(x.device) if found.draws else None
+    return _EncoderLayer.apply(x, other, seed, found.of, None, found, *weights)
 
 
 def _forward(

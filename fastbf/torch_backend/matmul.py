@@ -20,7 +20,8 @@ from torch.autograd import Function
 
 from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
-from fastbf.torch_state import has_onednn_linear, onednn_linear, traced, watched
+from fastbf.tape import counted
+from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
 # oneDNN is quicker for products of this many multiplications or more. What the Function below costs the host included,
 # a linear layer and its gradients take, by MKL and by oneDNN, µs: (32, 512) · (512, 512) 403 and 318, (512, 64) ·
@@ -51,7 +52,7 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and not traced()
-        and not watched()  # by a counter of FLOPs, which knows no operator of oneDNN
+        and not counted()  # FLOPs, where no operator of oneDNN is known
         and _suits_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastbf
 from fastbf.functional import linear_cross_entropy
@@ -445,3 +446,30 @@ def test_ignored_classes_and_probabilities_exclude_each_other(size, ignore_index
     for backend in ("torch", "triton") if size == N else ("torch",):
         with pytest.raises(ValueError, match="ignore_index must be negative"):
             linear_cross_entropy(x.float(), w.float(), y.float(), ignore_index=ignore_index, backend=backend)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("around", ["reentrant", "not reentrant", "on the CPU"])
+def test_hooks_on_saved_tensors_see_what_is_saved_for_backward_alone(few, around, monkeypatch):
+    """Forward takes the logits' gradient at once, by autograd, whose own tensors are nobody's business."""
+    if not few:
+        monkeypatch.setattr(chunked_classifier, "SMALL", 0)
+    x, w, b, y = case(dtype=torch.float32)
+    calls = []
+
+    def loss(x, w, b):
+        calls.append(1)
+        return linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=0.1)
+
+    expected = torch.autograd.grad(loss(x, w, b), (x, w, b))
+    for _ in range(3):  # as written, noted, by a tape
+        if around == "on the CPU":
+            with torch.autograd.graph.save_on_cpu():
+                out = loss(x, w, b)
+        else:
+            out = checkpoint(loss, x, w, b, use_reentrant=around == "reentrant")
+        for t in (x, w, b):
+            t.grad = None
+        out.backward()
+        assert all(torch.equal(t.grad, e) for t, e in zip((x, w, b), expected, strict=True))
+    assert len(calls) == (4 if around == "on the CPU" else 7)
