@@ -1,4 +1,4 @@
-"""A Function whose backward can be differentiated once, and gradients inside of a Function's forward."""
+"""How Functions are applied, those that can be differentiated once, and gradients inside of a Function's forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
+from fastbf.torch_state import outlived
+
 Gradients = tuple[Tensor | None, ...]
+
+
+def applying(function: type[Function], first: Any) -> Callable[..., Any]:
+    """``function.apply``, no transform of ``torch.func`` being active, for arguments of which this is the first."""
+    of_base: Any = super(Function, function)  # Function's own looks at every argument for a transform
+    apply: Callable[..., Any] = function.apply if outlived(first) else of_base.apply
+    return apply
 
 
 def once_differentiable(refusal: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:

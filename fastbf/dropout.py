@@ -37,6 +37,9 @@ _ALL, _HALF = 65536, 32768  # thresholds of p = 1 and of p = 1/2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
+#: Up to this many words are drawn for a whole layer at once.
+_FEW = 1 << 16
+
 _threshold = torch.ops.aten.threshold_backward  # the first argument where the second exceeds the third, else 0
 
 # Views of words as smaller integers have this order.
@@ -118,6 +121,7 @@ class Dropout:
         if seed is not None and self.threshold == _HALF:  # the bits of every byte as words: 0 for 1, -1 for 0
             bits = torch.arange(256, device=seed.device)[:, None] >> torch.arange(8, device=seed.device)
             self.table: Tensor = ((bits & 1) - 1).to(torch.int16)
+        self.reserved: Tensor | None = None
         self.traced: bool = traced()
         #: PyTorch's own dropout decides: a compiler or a transform is active, and no seed is given.
         self.plain: bool = seed is None and self.traced
@@ -149,8 +153,16 @@ class Dropout:
         parts = self.as_multiplier(self._drawn((sum(sizes),), device)).split_with_sizes(sizes)
         return [part.view(shape) for part, (_, shape) in zip(parts, sites, strict=True)]
 
+    def reserve(self, count: int, device: torch.device) -> None:
+        """Draws the next ``count`` words at once, if they are few, which costs the host less. Without a seed only."""
+        if self.keys is None and not self.plain and count <= _FEW:
+            self.reserved = self._drawn((count,), device)
+
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
+        if self.reserved is not None and len(self.reserved) >= count:
+            words, self.reserved = self.reserved.split((count, len(self.reserved) - count))
+            return words.view(shape)
         # Generators are quickest at 64-bit numbers, which hold several words each. At p = 0.5 a byte is a word.
         kind, each = (torch.int8, 8) if self.threshold == _HALF else (torch.int16, 4)
         numbers = torch.empty(-(-count // each), dtype=torch.int64, device=device).random_(-(2**63), None)

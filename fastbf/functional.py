@@ -444,8 +444,8 @@ def linear_cross_entropy(
       CUDA graph, the gradient has a buffer of its own, in chunks of rows of 1/64 of the memory (512 rows at least).
       Larger logits are computed in such chunks, and again in backward, which is a third more products. This backend
       cannot be differentiated twice.
-    - torch: up to half a million logits go through ``F.cross_entropy``. Up to 1 GiB they are kept for backward, and
-      larger ones are computed again there, in chunks of rows.
+    - torch: forward computes the gradient of the logits too, by ``F.cross_entropy``. Up to 1 GiB it is kept for
+      backward in their place, and larger ones are computed again there, in chunks of rows.
 
     Both take statistics and sums in fp32 (fp64 for fp64). Nothing is read at a class index out of range. On a GPU its
     loss is NaN and a device-side assertion fails, as in PyTorch.

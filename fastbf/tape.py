@@ -74,6 +74,7 @@ def play(
 def noting(
     what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None,
     again: Callable[..., Any] | None = None, listen: Callable[[Recorder], AbstractContextManager[object]] | None = None,
+    stream_for: Callable[[torch.device], int | None] | None = None,
 ) -> Iterator[list[Any]]:  # fmt: skip
     """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
 
@@ -81,7 +82,7 @@ def noting(
     ``of`` and ``again`` are those of the tape, and in the context ``listen`` notes what is no operator.
     """
     results: list[Any] = []
-    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors):
+    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors, stream_for):
         yield results
         return
     recorder = Recorder(tensors, seed)
@@ -91,9 +92,13 @@ def noting(
         hold(what, recorder.tape(results, of, again))
 
 
-def _is_second(what: What, tensors: Sequence[Tensor | None]) -> bool:
+def _is_second(
+    what: What, tensors: Sequence[Tensor | None], stream_for: Callable[[torch.device], int | None] | None
+) -> bool:  # fmt: skip
     """Whether the call is the second of its signature, and one that a tape may hold."""
     first: Any = tensors[0]
+    if stream_for is not None and stream_for(first.device) is None:
+        return False
     of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
     given = [t for t in tensors if t is not None]
     distinct = len({id(t) for t in given}) == len(given)
@@ -126,7 +131,7 @@ class Step(NamedTuple):
 _NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
 
 
-class Recorder(DispatchMode):  # type: ignore[misc]
+class Recorder(DispatchMode):
     """Notes what happens under it, as lines of Python.
 
     Attributes:
@@ -412,6 +417,7 @@ _CALLS: dict[Operator, Callable[..., Any]] = {
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,
     aten.full.default: torch.full,
+    aten.ones_like.default: torch.ones_like,
     getattr(aten.random_, "from"): Tensor.random_,
     aten.softmax.int_out: torch.softmax,
     aten.view.dtype: Tensor.view,

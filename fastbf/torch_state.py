@@ -25,8 +25,20 @@ _NOTHING = nullcontext()
 _FUNCTORCH: Any = torch._C._functorch
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
-#: The class of modes that see every operator of a thread, and an operator's. Documented, but for where they lie.
-DispatchMode: Any = _python_dispatch.TorchDispatchMode
+
+class DispatchMode(_python_dispatch.TorchDispatchMode):
+    """A mode that sees every operator of a thread: documented by PyTorch, but for where it lies.
+
+    PyTorch's own hides a mode's code from the compiler, which takes seconds to import, at the first operator. A mode
+    that no compiled code enters goes without. Public substitute for the method: none, and the wait.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+#: The class of an operator that a mode sees.
 Operator = torch._ops.OpOverload
 #: What ``Tensor.to`` and :func:`copy_all` are to such a mode.
 CAST, COPY_ALL = torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default

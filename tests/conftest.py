@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -32,6 +33,22 @@ def _nothing_remembered():
 def counter_based(monkeypatch):
     """Dropout decides by a drawn seed everywhere, as on kernels and across ranks, to be compared with those."""
     monkeypatch.setattr("fastbf.functional._needs_seed", lambda *_: True)
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """Counts calls that a tape served, and those that none did."""
+    from fastbf import tape
+
+    count, play = Counter(), tape.play
+
+    def counted(*call):
+        made = play(*call)
+        count["as written" if made is None else "by a tape"] += 1
+        return made
+
+    monkeypatch.setattr(tape, "play", counted)
+    return count
 
 
 @pytest.fixture

@@ -173,3 +173,18 @@ def test_the_multiplier_is_the_scale_where_a_word_exceeds_the_limit(dtype, p):
     multiplier = dropout.as_multiplier(words)
     assert multiplier.dtype == dtype
     assert torch.equal(multiplier, torch.where(words > dropout.limit, torch.tensor(dropout.scale, dtype=dtype), 0.0))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_words_that_are_reserved_are_given_out_in_order(p):
+    cpu, count = torch.device("cpu"), 2 * 3 * 5 + 4 * 7
+    torch.manual_seed(2)
+    dropout = Dropout(p, None, torch.float32)
+    dropout.reserve(count, cpu)
+    words = [dropout.scores((2, 3, 5), cpu), dropout.elements(Site.ACTIVATION, (4, 7), cpu)]
+    assert dropout.scores((1, 2, 3), cpu).shape == (1, 2, 3)  # more than was reserved
+    torch.manual_seed(2)
+    assert torch.equal(
+        torch.cat([w.flatten() for w in words]),
+        Dropout(p, None, torch.float32).elements(Site.ACTIVATION, (count,), cpu),
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference
+from fastbf.autograd import applying
 from fastbf.dropout import Dropout, attention_mask, draw_seed
 from fastbf.precision import compute_dtype
 from fastbf.torch_state import is_batched, no_autocast
@@ -238,7 +239,9 @@ def batch_attention(
         return by_torch(q, k, v, scale, dropout)
     flat = [batched(t, t.dtype).contiguous() for t in (q, k, v)]
     dropout, keep = settled(dropout, flat[0], flat[1], keep)
-    return unbatched(_Attention.apply(Call(scale, dropout), keep and torch.is_grad_enabled(), *flat), like=q)
+    return unbatched(
+        applying(_Attention, flat[0])(Call(scale, dropout), keep and torch.is_grad_enabled(), *flat), like=q
+    )
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:

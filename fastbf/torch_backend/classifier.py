@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference, tape
-from fastbf.autograd import Gradients, recording
+from fastbf.autograd import Gradients, applying, recording
 from fastbf.precision import chunk_elements, compute_dtype, loss_dtype, widened
 from fastbf.reference import LossOptions
 from fastbf.repeats import Tape, What
@@ -80,12 +80,11 @@ class _Loss(NamedTuple):
         logits = reference.class_logits(unadjusted, 1.0, self.logit_bias)
         with recording(grad):
             leaf = logits.detach().requires_grad_(grad)
-            kind: dict[str, Any] = {
-                "ignore_index": self.options.ignore_index,
-                "label_smoothing": self.options.label_smoothing,
-            }
-            loss = F.cross_entropy(leaf, target, self.weight, reduction="none", **kind)
-        d_logits = torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0] if grad else None
+            loss = F.cross_entropy(
+                leaf, target, self.weight, reduction="none", ignore_index=self.options.ignore_index,
+                label_smoothing=self.options.label_smoothing,
+            )  # fmt: skip
+            d_logits = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         right = None
         if self.options.stats:
             right = reference.correct(logits, unadjusted, target, self.options.ignore_index)
@@ -146,7 +145,8 @@ def _forward(call: _Call, tensors: Sequence[Any]) -> list[Tensor | None]:
         with recording(call.grad):
             leaf.requires_grad_(call.grad)
             result, stats = _of_logits(leaf, target, call.shape[:-1], options, factor, logit_bias, call.dtype)
-        d_logits = torch.autograd.grad(result, leaf, torch.ones_like(result))[0] if call.grad else None
+            total = result.sum() if result.dim() else result
+            d_logits = torch.autograd.grad(total, leaf)[0] if call.grad else None
         return [d_logits, None, result.detach(), *stats]
     loss_of = _Loss(target, factor, logit_bias, options)
     loss = x.new_empty(rows, dtype=compute)
@@ -279,13 +279,13 @@ def linear_cross_entropy(
     size = input.shape[:-1].numel() * linear_weight.shape[0] * (autocasts or input.dtype).itemsize
     call = _Call(options, input.shape, dtype, autocasts, grad, grad and size <= KEEP_LOGITS_BYTES)
     what = what or ("torch: linear_cross_entropy", call)
-    loss, *stats = _LinearCrossEntropy.apply(*tensors, call, what, None)
+    loss, *stats = applying(_LinearCrossEntropy, tensors[0])(*tensors, call, what, None)
     return loss, tuple(stats)
 
 
 def again(found: Tape, tensors: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A call that a tape fits, given input, linear_weight, linear_bias, logit_bias, target and weight."""
-    loss, *stats = _LinearCrossEntropy.apply(*tensors, found.of, None, found)
+    loss, *stats = applying(_LinearCrossEntropy, tensors[0])(*tensors, found.of, None, found)
     return loss, tuple(stats)
 
 

@@ -1,13 +1,13 @@
 """The torch backend's encoder layer: one autograd Function, whose steps have the names of ``reference.encoder_layer``.
 
 An operator that autograd records costs the host twice what it costs alone, and one from a tape less than that. Where
-operators must be seen one by one, by a compiler and in transforms, and where other ranks send keys,
-``reference.encoder_layer`` serves, with other attention.
+operators must be seen one by one, by a compiler and in transforms, and where other ranks send keys, the reference
+serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastbf import reference, tape
-from fastbf.autograd import Gradients
+from fastbf.autograd import Gradients, applying
 from fastbf.distributed import collectives, gathering
 from fastbf.distributed.exchange import split_kv
 from fastbf.distributed.process_groups import Batch
@@ -135,13 +135,13 @@ def encoder_layer(
     if batch is not None or x.numel() == 0 or traced():
         return _by_formula(call, *call.streams(x, plain), seed, weights, batch)
     what = what or ("torch: encoder_layer", call, seed is None)
-    return _EncoderLayer.apply(x, other, seed, call, what, None, *weights)
+    return applying(_EncoderLayer, x)(x, other, seed, call, what, None, *weights)
 
 
 def again(found: Tape, x: Tensor, other: Tensor | None, weights: tuple[Tensor | None, ...]) -> Tensor:
     """A call that a tape fits; ``other`` is ``plain``, unless that is x; the weights are in ``LayerWeights``' order."""
     seed = draw_seed(x.device) if found.draws else None
-    return _EncoderLayer.apply(x, other, seed, found.of, None, found, *weights)
+    return applying(_EncoderLayer, x)(x, other, seed, found.of, None, found, *weights)
 
 
 def _forward(
@@ -152,13 +152,16 @@ def _forward(
     w, channels, dtype, dropout = call.operands(weights), x.shape[-1:], call.autocast or x.dtype, call.dropout(x, seed)
     norm1, norm2, rows = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps), _rows(x)
 
+    width = w.linear1_weight.shape[0]
+    if dropout is not None:
+        dropout.reserve(len(rows) * (num_heads * x.shape[0] + 2 * x.shape[-1] + width), x.device)
     n, *of_x = _norm(rows, channels, *norm1) if norm_first else (rows, None, None)
     qkv = attention.stacked(linear(n.to(dtype), w.in_proj_weight, w.in_proj_bias), x.shape[0], 3, num_heads)
     q, k, v = qkv.to(compute_dtype(dtype)).unbind()
     drawn, fits = attention.settled(dropout, q, k)
     o, kept = attention.forward(attention.Call(q.shape[-1] ** -0.5, drawn), q, k, v, fits and call.keep)
     o = attention.side_by_side(o[None], num_heads).to(dtype)
-    mask1, mask2, mask3 = (m if m is None else _rows(m) for m in _masks(dropout, x, w.linear1_weight.shape[0]))
+    mask1, mask2, mask3 = (m if m is None else _rows(m) for m in _masks(dropout, x, width))
     s1 = _add(rows, linear(o, w.out_proj_weight, w.out_proj_bias), mask1)
     z, *of_s1 = _norm(s1, channels, *(norm2 if norm_first else norm1))
     hidden = linear(z.to(dtype), w.linear1_weight, w.linear1_bias)
@@ -294,7 +297,10 @@ def _differentiable(call: _Call, tensors: Sequence[Any], needs: Sequence[bool]) 
     shapes = [(*x.shape[1:-1], call.options.num_heads, n, n), *[(*mixed.shape[:-1], -1)] * 3]
     masks = [m if m is None else m.view(shape) for m, shape in zip(masks, shapes, strict=True)]
     with torch.autocast(x.device.type, call.autocast, enabled=call.autocast is not None):
-        y = _formula(call, mixed, LayerWeights._make(weights), LayerMasks(*masks))
+        y = reference.encoder_layer(
+            mixed, LayerWeights._make(weights), num_heads=call.options.num_heads, activation=call.options.activation,
+            norm_first=call.options.norm_first, eps=call.options.eps, masks=LayerMasks(*masks),
+        )  # fmt: skip
     wanted = [t for t, need in zip(inputs, (needs[0], *needs[6:]), strict=True) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
     dx, *others = (next(grads) if need else None for need in (needs[0], *needs[6:]))
@@ -305,30 +311,20 @@ def _differentiable(call: _Call, tensors: Sequence[Any], needs: Sequence[bool]) 
     return dx, d_plain if needs[1] else None, None, None, None, None, *others
 
 
-def _formula(
-    call: _Call, x: Tensor, weights: LayerWeights, masks: LayerMasks, attend: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:  # fmt: skip
-    num_heads, activation, norm_first, eps, _ = call.options
-    return reference.encoder_layer(
-        x, weights, num_heads=num_heads, activation=activation, norm_first=norm_first, eps=eps, masks=masks,
-        attend=attend,
-    )  # fmt: skip
-
-
 def _by_formula(
     call: _Call, plain: Tensor | None, x: Tensor, seed: Tensor | None, weights: LayerWeights, batch: Batch | None
 ) -> Tensor:  # fmt: skip
     """The layer in differentiable operators. ``batch`` is that of several ranks."""
+    num_heads, activation, norm_first, eps, _ = call.options
     dropout = call.dropout(x, seed, 0 if batch is None else batch.first())
-
-    def attend(n: Tensor) -> Tensor:
-        if batch is not None:
-            return _across_ranks(n, weights, call.options, seed, batch)
-        q, k, v = reference.split_qkv(linear(n, weights.in_proj_weight, weights.in_proj_bias), call.options.num_heads)
-        return attention.by_torch(q, k, v, q.shape[-1] ** -0.5, dropout).flatten(-2)
-
-    masks = _masks(dropout, x, weights.linear1_weight.shape[0])
-    y = _formula(call, x, weights, LayerMasks(None, *masks), attend)
+    n = reference.attention_input(x, weights, norm_first=norm_first, eps=eps)
+    if batch is None:
+        q, k, v = reference.split_qkv(F.linear(n, weights.in_proj_weight, weights.in_proj_bias), num_heads)
+        o = attention.by_torch(q, k, v, q.shape[-1] ** -0.5, dropout).flatten(-2)
+    else:
+        o = _across_ranks(n, weights, call.options, seed, batch)
+    masks = LayerMasks(None, *_masks(dropout, x, weights.linear1_weight.shape[0]))
+    y = reference.after_attention(x, o, weights, activation=activation, norm_first=norm_first, eps=eps, masks=masks)
     return y if plain is None else reference.fork(plain, y)
 
 
@@ -343,10 +339,10 @@ def _across_ranks(
     w_q, w_kv = weights.in_proj_weight.split([channels, 2 * channels])
     b_q, b_kv = (None, None) if bias is None else bias.split([channels, 2 * channels])
     scale = (channels // num_heads) ** -0.5
-    kv = linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
+    kv = F.linear(x, w_kv, b_kv).reshape(x.shape[0], -1, 2 * channels)
     at_once = collectives.gathers(batch, kv[0].numel() * kv.element_size())
     coming = gathering.begin(kv, batch) if at_once else None
-    q = linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
+    q = F.linear(x, w_q, b_q).view(*kv.shape[:2], num_heads, -1)
     if at_once:
         k, v = split_kv(gathering.gather_batch(kv, batch, coming), num_heads)
         p = options.dropout_p

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from fastbf.autograd import Gradients
 from fastbf.environment import cpu_name
 from fastbf.tape import counted
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
-# oneDNN is quicker for products of this many multiplications or more. What the Function below costs the host included,
+# oneDNN is quicker for products of this many multiplications or more. What the host needs included,
 # a linear layer and its gradients take, by MKL and by oneDNN, µs: (32, 512) · (512, 512) 403 and 318, (512, 64) ·
 # (64, 192) 259 and 273.
 _LARGE = 8e6
@@ -71,20 +69,6 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return _product(a, b.mT, None) if large and not torch.is_grad_enabled() and _onednn(a, b.mT) else torch.mm(a, b)
 
 
-class _Linear(Function):
-    """Saves x and the weight. The gradient's graph, if wanted, is that of ``torch.mm``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        x, weight = ctx.saved_tensors
-        return linear_gradients(grad, x, weight, ctx.needs_input_grad)
-
-
 def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Gradients:
     """The gradients of x (M, C), weight (K, C) and bias, of which ``needs`` says which are wanted; grad is (M, K)."""
     needs_x, needs_weight, needs_bias = needs
@@ -96,9 +80,6 @@ def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bo
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias, as ``F.linear``. x (…, C), weight (K, C), bias (K,) or None → (…, K)."""
-    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    """x · weightᵀ + bias, as ``F.linear``. x (M, C), weight (K, C), bias (K,) or None → (M, K)."""
+    large = x.numel() * weight.shape[0] >= _LARGE and not torch.is_grad_enabled() and _onednn(x, weight)
+    return _product(x, weight, bias) if large else F.linear(x, weight, bias)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastbf.autograd import applying
 from fastbf.kernels import launch
-from fastbf.torch_state import outlived, unwatched
+from fastbf.torch_state import unwatched
 
 _NOTHING = nullcontext()
 
@@ -48,8 +49,7 @@ def prepared(
     """
     if torch.compiler.is_compiling():
         return lambda *given: function.apply(*_distinct(given)), _NOTHING
-    of_base: Any = super(Function, function)  # Function's own looks at every argument for a transform
-    apply = function.apply if outlived(args[0]) else of_base.apply
+    apply = applying(function, args[0])
     return apply, _NOTHING if built else launch.ahead(build, function, torch.is_grad_enabled(), args)
 
 

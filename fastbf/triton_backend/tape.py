@@ -27,9 +27,8 @@ def noting(
     again: Callable[..., Any] | None = None,
 ) -> AbstractContextManager[list[Any]]:  # fmt: skip
     """As :func:`fastbf.tape.noting`, launches included."""
-    first: Any = tensors[0]
-    what = None if what is None or stream_for(first.device) is None else what
-    return tape.noting(what, tensors, seed, of, again, listen=lambda recorder: noted(partial(_note, recorder)))
+    listen = lambda recorder: noted(partial(_note, recorder))  # noqa: E731
+    return tape.noting(what, tensors, seed, of, again, listen, stream_for)
 
 
 def _note(recorder: Recorder, launch: Launched) -> None:
