@@ -300,6 +300,8 @@ class Recorder(DispatchMode):
             args, kwargs = args[:-1], {**kwargs, "out_dtype": args[-1]}
         if func is CAST and kwargs.keys() != {"dtype"}:
             call = func
+        if func is aten.addmm.default and not kwargs:
+            call, args = self._product(call, args)
         given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
         return f"{self._once(call)}({', '.join(given)})"
 
@@ -323,12 +325,15 @@ class Recorder(DispatchMode):
             x, (dim,) = args
             args = x, dim
         else:
-            *bias, x, weight = args
-            transposed = weight.t()
-            self._own(self._owner(weight), transposed)
-            if self._is_whole(transposed):
-                call, args = F.linear, (x, transposed, *bias)
+            call, args = self._product(call, args)
         self.steps.append(Step(f"{name} = {self._once(call)}({', '.join(map(self._argument, args))})", name))
+
+    def _product(self, call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What computes [bias +] x · weight: ``F.linear``, which needs no view, if the transposed weight is whole."""
+        *bias, x, weight = args
+        transposed = weight.t()
+        self._own(self._owner(weight), transposed)
+        return (F.linear, (x, transposed, *bias)) if self._is_whole(transposed) else (call, args)
 
     # The tape
 

@@ -3,6 +3,8 @@
 import copy
 import gc
 import random
+import subprocess
+import sys
 import weakref
 from threading import Thread
 
@@ -448,3 +450,32 @@ def test_what_a_tape_does_not_hold_runs_as_written(plays):
             x, others["y"] = torch.full((4,), value), torch.tensor([value])
             assert torch.equal(call(function, x, what=(function,))[0], function(x)[0])
     assert plays["by a tape"] == 0
+
+
+def test_training_on_a_cpu_imports_neither_the_compiler_nor_triton():
+    """Each would make a step wait, the compiler for seconds."""
+    code = """
+import sys, torch, fastbf
+former, classifier = fastbf.BatchFormer(32), fastbf.SharedClassifier(32, 5)
+for _ in range(3):
+    loss = classifier.loss(former(torch.randn(8, 32)), torch.arange(8) % 5)
+    loss.backward()
+from fastbf import repeats
+print(len(repeats.tapes), sorted({"sympy", "torch._dynamo", "triton"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split(maxsplit=1) == ["4", "[]\n"]
+
+
+def test_what_was_read_for_the_last_time_is_free():
+    """A list of tensors is emptied, and a tape lets go of each after its last use."""
+    for i in range(4):
+        tensors = [torch.randn(4), torch.randn(4)]
+        made = tape.play(("freed",), tensors)
+        if made is None:
+            with tape.noting(("freed",), tensors) as made:
+                made += ((tensors[0] + 1) * tensors[1],)
+        assert len(tensors) == (2 if i < 2 else 0)
+    (held,) = repeats.tapes["freed",]
+    body = held.source.partition("def run")[2]
+    assert body.index("del x0") < body.index("(t1, x1)") < body.index("del t1, x1")

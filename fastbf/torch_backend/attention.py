@@ -123,11 +123,12 @@ def _scratch(count: int, x: Tensor, columns: int) -> Tensor:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
     """drop(softmax(scale · q kᵀ)) v, and the signed weights if ``keep``. q (G, N, D), k and v (G, M, D)."""
-    shape, o, scratch = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape), _scratch(2 - keep, q, k.shape[1])
+    shape, o = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape)
     kept = q.new_empty(shape) if keep else None
-    if kept is not None and scratch.shape[1:] == shape:  # one piece
-        _forward(call, q, k, v, (0, 0), kept, scratch[0], o)
+    if kept is not None and cut(shape, q.device) == shape[:2]:  # one piece
+        _forward(call, q, k, v, (0, 0), kept, q.new_empty(shape), o)
         return o, kept
+    scratch = _scratch(1 if keep else 2, q, k.shape[1])
     for group, row in pieces(shape, q.device):
         q_piece, at = q[group, row], (group.start, row.start)
         room, *spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
@@ -152,10 +153,11 @@ def backward(
     ``do`` is the result's, and :func:`forward` returned ``kept``.
     """
     q, k, v = qkv
-    shape, scratch = (*q.shape[:2], k.shape[1]), _scratch(3 if kept is None else 2, q, k.shape[1])
-    if kept is not None and scratch.shape[1:] == shape:  # one piece
-        _backward(call, do, qkv, kept, (scratch[0], scratch[1]), grads, 0.0)
+    shape = *q.shape[:2], k.shape[1]
+    if kept is not None and cut(shape, q.device) == shape[:2]:  # one piece
+        _backward(call, do, qkv, kept, (q.new_empty(shape), q.new_empty(shape)), grads, 0.0)
         return
+    scratch = _scratch(3 if kept is None else 2, q, k.shape[1])
     for group, row in pieces(shape, q.device):
         q_piece, k_group, v_group = q[group, row], k[group], v[group]
         rooms = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
