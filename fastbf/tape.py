@@ -102,7 +102,7 @@ def _is_second(
     of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
     given = [t for t in tensors if t is not None]
     distinct = len({id(t) for t in given}) == len(given)
-    aligned = not any(t.data_ptr() % 16 for t in given)
+    aligned = stream_for is None or not any(t.data_ptr() % 16 for t in given)  # as kernels that were noted may assume
     return is_second((*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)) and distinct and aligned
 
 

@@ -467,6 +467,14 @@ print(len(repeats.tapes), sorted({"sympy", "torch._dynamo", "triton"} & set(sys.
     assert run.stdout.split(maxsplit=1) == ["4", "[]\n"]
 
 
+def test_odd_sizes_have_tapes_on_pytorch(plays):
+    """Masks of several sites share a buffer, and begin where the one before ends."""
+    former, x = fastbf.BatchFormer(6, 2, 5, 0.1, backend="torch"), torch.randn(3, 6, requires_grad=True)
+    for _ in range(3):
+        former(x).sum().backward()
+    assert plays == {"as written": 4, "by a tape": 2}
+
+
 def test_what_was_read_for_the_last_time_is_free():
     """A list of tensors is emptied, and a tape lets go of each after its last use."""
     for i in range(4):

@@ -96,7 +96,7 @@ class Call(NamedTuple):
 
 def settled(dropout: Dropout | None, q: Tensor, k: Tensor, keep: bool = True) -> tuple[Dropout | None, bool]:
     """Whether the weights of q (G, N, D) and k (G, M, D) may be kept for backward. If not, the dropout has a seed."""
-    keep = keep and q.shape[0] * q.shape[1] * k.shape[1] * q.dtype.itemsize <= KEPT_BYTES
+    keep = keep and q.shape[0] * q.shape[1] * k.shape[1] * compute_dtype(q.dtype).itemsize <= KEPT_BYTES
     if not keep and dropout is not None and dropout.seed is None:
         dropout = Dropout(dropout.dropout_p, draw_seed(q.device), dropout.dtype)
     return dropout, keep
