@@ -1,4 +1,4 @@
-"""Calls that were made before and run from code that was made of them (``triton_backend/tape.py``)."""
+"""Calls that were made before and run from code that was made of them (``tape.py``)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Tape(NamedTuple):
     of: Any  #: what the call's autograd Function was given besides tensors
     again: Any  #: makes a call that it fits, of a public function: of the tape and what ``again`` there takes
     source: str  #: of both functions
+    stream_for: Any = None  #: gives the stream that kernels are launched on; None where launches take the long way
 
 
 #: How many tapes are held, and signatures of calls without one; the oldest go. A tape takes about 16 KB.

@@ -4,7 +4,7 @@ What a direction of an autograd Function does between its tensors (strides, flag
 strides, dtypes and numbers alone: its signature. The second call of a signature runs as written, under a dispatch mode
 that notes every operator of PyTorch. From the third on the same operators run from generated code, in which all else is
 a constant, and a view exists only where an operator reads it. The results are the same to the last bit, for less than
-half the host's time. ``triton_backend/tape.py`` adds the launches of kernels.
+half the host's time. ``triton_backend/launches.py`` adds the launches of kernels.
 
 A call that a tape cannot hold, or does not fit, runs as written.
 """
@@ -43,8 +43,7 @@ _matmul: Any = torch.backends.cuda.matmul
 
 
 def play(
-    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, tape: Tape | None = None,
-    stream_for: Callable[[torch.device], int | None] | None = None,
+    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, tape: Tape | None = None
 ) -> Any:  # fmt: skip
     """The results of a call, by a tape of it; None if there is none.
 
@@ -54,15 +53,14 @@ def play(
             read for the last time frees its memory.
         seed: that of the call, which no tape looks at.
         tape: the one that fits, if it was found already.
-        stream_for: the stream on which a device launches kernels; None where launches take the long way.
     """
     if tape is None and not torch.compiler.is_compiling():
         tape = find(what, tensors)
     if tape is None:
         return None
     first: Any = tensors[0]
-    stream = None if stream_for is None else stream_for(first.device)
-    if stream is None and stream_for is not None:
+    stream = None
+    if tape.stream_for is not None and (stream := tape.stream_for(first.device)) is None:
         return None
     if not autocasts(device_type(first)):  # then without a context, which would take two calls
         return tape.run(stream, seed, tensors)
@@ -79,7 +77,7 @@ def noting(
     """The context of a call for which :func:`play` has no tape. Its results, tensors or None, go into the list.
 
     The second call of a signature is noted. A batch of another size often comes once. Arguments as in :func:`play`;
-    ``of`` and ``again`` are those of the tape, and in the context ``listen`` notes what is no operator.
+    ``of``, ``again`` and ``stream_for`` are those of the tape, and in the context ``listen`` notes what is no operator.
     """
     results: list[Any] = []
     if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors, stream_for):
@@ -89,7 +87,7 @@ def noting(
     with recorder, nullcontext() if listen is None else listen(recorder):
         yield results
     with suppress(Unrecordable):
-        hold(what, recorder.tape(results, of, again))
+        hold(what, recorder.tape(results, of, again)._replace(stream_for=stream_for))
 
 
 def _is_second(
@@ -153,6 +151,7 @@ class Recorder(DispatchMode):
         self.by_onednn = False
         self.count = 0
         self.inputs = {f"x{i}": t for i, t in enumerate(inputs)}
+        self.frees = isinstance(inputs, list)
         self.seed = f"x{len(inputs)}", seed
         for name, t in (*self.inputs.items(), self.seed):
             if t is not None:
@@ -346,11 +345,11 @@ class Recorder(DispatchMode):
         addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
         seed, inputs = self.seed[0], list(self.inputs)
         pointers = [name for name in (*inputs, seed) if name in addressed]
-        lines = [f"{', '.join(inputs)}, = tensors", "if type(tensors) is list: tensors.clear()"]
+        lines = [f"{', '.join(inputs)}, = tensors", *["tensors.clear()"] * self.frees]
         lines += [f"p_{name} = {name}.data_ptr()" for name in pointers]
         lines += [f"if ({' | '.join(f'p_{name}' for name in pointers)}) & 15: return None"] * bool(pointers)
         last = {name: i for i, step in enumerate(steps) for name in _names(step.code)}
-        kept = {*_names(returned), seed}
+        kept = {*_names(returned), seed, *([] if self.frees else inputs)}
         for i, step in enumerate(steps):
             lines.append(step.code)
             if step.makes in addressed:

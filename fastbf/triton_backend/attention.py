@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastbf import tape
 from fastbf.dropout import drop_threshold
 from fastbf.kernels import attention
-from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import prepared
 from fastbf.triton_backend.functions import by_kernels, empty_like
+from fastbf.triton_backend.launches import noting
 
 __all__ = ["batch_attention"]
 
@@ -28,7 +29,7 @@ class _Attention(Function):
         what, inputs = ("batch_attention", options), (q, k, v, seed)
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _forward(q, k, v, seed, options)
         o, lse = made
         ctx.options = options
@@ -42,7 +43,7 @@ class _Attention(Function):
         what, inputs = ("batch_attention backward", options, needs), (do, *saved)
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _backward(do, saved, options, needs)
         return *made, None, None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
+from fastbf import tape
 from fastbf.kernels import cross_entropy
 from fastbf.kernels.cross_entropy import Options
 from fastbf.kernels.launch import operator
@@ -23,9 +24,9 @@ from fastbf.precision import loss_dtype
 from fastbf.reference import LossOptions
 from fastbf.repeats import Tape, What
 from fastbf.torch_state import autocast_dtype, differentiated, donated, no_autocast
-from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import prepared
 from fastbf.triton_backend.functions import by_kernels, dense, dtypes_of, empty_like, limits_of, narrowed, product_dtype
+from fastbf.triton_backend.launches import noting
 from fastbf.triton_backend.matmul import add_weight_gradient, linear_into, product_into
 
 __all__ = ["again", "linear_cross_entropy"]
@@ -254,7 +255,7 @@ class _Classifier(Function):
         inputs = x, matrix, bias, logit_bias, target, weight
         made = tape.play(what, inputs, None, found)
         if made is None:
-            with tape.noting(what, inputs, None, head, again) as made:
+            with noting(what, inputs, None, head, again) as made:
                 made += _results(x, matrix, target, head.options(bias, weight, logit_bias), head)
         loss, stats, *saved = made
         ctx.save_for_backward(*saved, bias, weight, logit_bias)
@@ -280,7 +281,7 @@ class _Classifier(Function):
         inputs = grad, *saved
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _gradients(inputs, head, needs, dtypes, overwrites)
         return tuple(made)
 

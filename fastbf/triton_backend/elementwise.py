@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastbf import tape
 from fastbf.dropout import Site, drop_threshold
 from fastbf.kernels import activation as activation_kernels
 from fastbf.kernels import add_norm
@@ -15,7 +16,6 @@ from fastbf.kernels.add_norm import Norm
 from fastbf.kernels.launch import Drop
 from fastbf.kernels.rows import Rows, partial_sums
 from fastbf.torch_state import norm_dtype
-from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import prepared
 from fastbf.triton_backend.functions import (
     as_rows,
@@ -26,6 +26,7 @@ from fastbf.triton_backend.functions import (
     limits_of,
     order_of,
 )
+from fastbf.triton_backend.launches import noting
 
 __all__ = ["activation_dropout", "dropout_add_layer_norm"]
 
@@ -53,7 +54,7 @@ class _AddNorm(Function):
         what, inputs = ("dropout_add_layer_norm", call), (x, residual, weight, bias, seed)
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _normed(*inputs, call)
         y, sums = made
         ctx.save_for_backward(sums, weight, seed)
@@ -67,7 +68,7 @@ class _AddNorm(Function):
         what, dy = ("dropout_add_layer_norm backward", call, needs, dtypes), dy.contiguous()
         made = tape.play(what, (dy, *saved))
         if made is None:
-            with tape.noting(what, (dy, *saved)) as made:
+            with noting(what, (dy, *saved)) as made:
                 made += _normed_backward(dy, saved, call, needs, dtypes)
         return *made, None, None
 
@@ -118,7 +119,7 @@ class _Activation(Function):
         what, inputs = ("activation_dropout", call), (h, seed)
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _activated(h, seed, call)
         (u,) = made
         ctx.save_for_backward(*((u, None) if call.activation == "relu" else (h, seed)))
@@ -132,7 +133,7 @@ class _Activation(Function):
         what, inputs = ("activation_dropout backward", call), (du, saved, seed)
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _activated_backward(*inputs, call)
         return *made, None, None
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastbf import tape
 from fastbf.distributed.process_groups import Batch, agree
 from fastbf.dropout import draw_seed, drop_threshold
 from fastbf.kernels.rows import Rows
 from fastbf.reference import LayerOptions, LayerWeights
 from fastbf.repeats import Tape, What
 from fastbf.torch_state import autocast_dtype, no_autocast, norm_dtype
-from fastbf.triton_backend import tape
 from fastbf.triton_backend.building import build, prepared
 from fastbf.triton_backend.encoder_backward import Wanted, backward, summed
 from fastbf.triton_backend.encoder_call import Factors, Layer, Saved
@@ -28,6 +28,7 @@ from fastbf.triton_backend.functions import (
     order_of,
     product_dtype,
 )
+from fastbf.triton_backend.launches import noting
 
 __all__ = ["again", "encoder_layer"]
 
@@ -60,7 +61,7 @@ class _EncoderLayer(Function):
         inputs = x, plain, *tensors
         made = tape.play(what, inputs, seed, found)
         if made is None:
-            with tape.noting(what, inputs, seed, layer, again) as made:
+            with noting(what, inputs, seed, layer, again) as made:
                 weights = LayerWeights._make(tensors)
                 result, kept, factors, saved = forward(x, plain, weights, layer._replace(seed=seed))
                 made += [result, kept, seed, *factors, *saved]
@@ -77,7 +78,7 @@ class _EncoderLayer(Function):
         inputs = d_out, *ctx.saved_tensors
         made = tape.play(what, inputs)
         if made is None:
-            with tape.noting(what, inputs) as made:
+            with noting(what, inputs) as made:
                 made += _gradients(inputs, layer, needs, dtypes)
         return tuple(made)
 

@@ -6,7 +6,7 @@ import torch
 import fastbf
 from fastbf import backend, functional, repeats, signatures
 from fastbf.kernels import launch
-from fastbf.triton_backend import tape
+from fastbf.triton_backend import launches
 from tests.repeated import C, Step, assert_as_written, call, features
 
 
@@ -90,7 +90,7 @@ class Compiled:
 def test_launches(monkeypatch):
     """Pointers are those of a call's own tensors and views; numbers and the rest are what was noted."""
     compiled = Compiled()
-    monkeypatch.setattr(tape, "stream_for", lambda _: 77)
+    monkeypatch.setattr(launches, "stream_for", lambda _: 77)
 
     def function(a, b):
         made = torch.empty(3, 4)
@@ -100,10 +100,10 @@ def test_launches(monkeypatch):
     for _ in range(2):
         a, b = torch.randn(8), torch.randn(4, 4)
         launch._observers.observe = lambda _: None
-        call(function, a, b, tape=tape)
+        call(function, a, b, noting=launches.noting)
     for _ in range(2):
         a, b = torch.randn(8), torch.randn(4, 4)
-        made, row = call(function, a, b, tape=tape)
+        made, row = call(function, a, b, noting=launches.noting)
         head = (5, 1, 1, 77, "function", "metadata", None, None, None)
         pointers = (a.data_ptr(), b.data_ptr() + 16, made.data_ptr(), made.data_ptr() + 32)
         assert compiled.launches.pop() == (*head, *pointers, 2.5, 64)
@@ -114,7 +114,7 @@ def test_launches(monkeypatch):
 def test_misaligned_inputs_are_not_launched_on(monkeypatch, plays):
     """The kernel that was noted may assume multiples of 16 bytes."""
     compiled = Compiled()
-    monkeypatch.setattr(tape, "stream_for", lambda _: 0)
+    monkeypatch.setattr(launches, "stream_for", lambda _: 0)
 
     def function(a):
         if launch._observers.observe:
@@ -124,7 +124,7 @@ def test_misaligned_inputs_are_not_launched_on(monkeypatch, plays):
     launch._observers.observe = None
     for aligned in (True, True, True, False, False, False, True):
         a = torch.randn(9)[:8] if aligned else torch.randn(9)[1:]
-        assert torch.equal(call(function, a, tape=tape)[0], a + 1)
+        assert torch.equal(call(function, a, noting=launches.noting)[0], a + 1)
     assert plays["by a tape"] == 2
     assert [pointer % 16 for *_, pointer in compiled.launches] == [0, 0]
 

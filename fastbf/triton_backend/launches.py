@@ -11,22 +11,15 @@ from torch import Tensor
 
 from fastbf import tape
 from fastbf.kernels.launch import Launched, noted, stream_for
-from fastbf.repeats import Tape, What
+from fastbf.repeats import What
 from fastbf.tape import Recorder, Step, Unrecordable
-
-
-def play(
-    what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, found: Tape | None = None
-) -> Any:  # fmt: skip
-    """As :func:`fastbf.tape.play`, on the current stream; None where launches take the long way."""
-    return tape.play(what, tensors, seed, found, stream_for)
 
 
 def noting(
     what: What | None, tensors: Sequence[Tensor | None], seed: Tensor | None = None, of: Any = None,
     again: Callable[..., Any] | None = None,
 ) -> AbstractContextManager[list[Any]]:  # fmt: skip
-    """As :func:`fastbf.tape.noting`, launches included."""
+    """As :func:`fastbf.tape.noting`, launches included, whose tape is played on the current stream."""
     listen = lambda recorder: noted(partial(_note, recorder))  # noqa: E731
     return tape.noting(what, tensors, seed, of, again, listen, stream_for)
 
