@@ -146,13 +146,13 @@ class Recorder(DispatchMode):
         self.fresh: dict[str, int] = {}  # the step that allocates what nothing has read or written yet
         self.views: dict[tuple[Any, ...], str] = {}
         self.splits: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}  # by what is split
-        self.failure = ""
-        self.paused = False
-        self.by_onednn = False
-        self.count = 0
-        self.inputs = {f"x{i}": t for i, t in enumerate(inputs)}
-        self.frees = isinstance(inputs, list)
-        self.seed = f"x{len(inputs)}", seed
+        self.failure: str = ""
+        self.paused: bool = False
+        self.by_onednn: bool = False
+        self.count: int = 0
+        self.inputs: dict[str, Tensor | None] = {f"x{i}": t for i, t in enumerate(inputs)}
+        self.frees: bool = isinstance(inputs, list)
+        self.seed: tuple[str, Tensor | None] = f"x{len(inputs)}", seed
         for name, t in (*self.inputs.items(), self.seed):
             if t is not None:
                 self._name(t, name)
