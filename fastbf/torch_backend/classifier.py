@@ -147,6 +147,8 @@ def _forward(call: _Call, tensors: Sequence[Any]) -> list[Tensor | None]:
             result, stats = _of_logits(leaf, target, call.shape[:-1], options, factor, logit_bias, call.dtype)
             total = result.sum() if result.dim() else result
             d_logits = torch.autograd.grad(total, leaf)[0] if call.grad else None
+        if d_logits is not None and x.dtype == torch.bfloat16:  # fp16 lacks the range before a loss scale multiplies it
+            d_logits = d_logits.to(x.dtype)
         return [d_logits, None, result.detach(), *stats]
     loss_of = _Loss(target, factor, logit_bias, options)
     loss = x.new_empty(rows, dtype=compute)

@@ -184,12 +184,12 @@ def _backward(call: _Call, tensors: list[Any], needs: Sequence[bool]) -> list[Te
 
     ``tensors`` are the result's gradient and what forward saved. The list is emptied, and frees memory so.
     """
-    dy, x, weights = tensors[0], tensors[1], LayerWeights._make(tensors[2:14])
+    dy, x, *weights = tensors[:14]
     saved = dict(zip(_Saved._fields, tensors[14:], strict=True))
     tensors.clear()
     take = saved.pop
     num_heads, activation, norm_first, *_ = call.options
-    w, dtype, dropout = call.operands(weights), call.autocast or x.dtype, call.dropout(x, take("seed"))
+    dtype, dropout = call.autocast or x.dtype, call.dropout(x, take("seed"))
     d_plain, dy = dy.chunk(2) if call.fork else (dy, dy)
     mixed = call.streams(x, None)[1]
     rows = _rows(mixed)
@@ -204,14 +204,20 @@ def _backward(call: _Call, tensors: list[Any], needs: Sequence[bool]) -> list[Te
         wanted = [True, *(norm1 if first else norm2)]
         return _norm_gradients(d.to(s.dtype), s, x.shape[-1:], mean, rstd, weight, bias, wanted)
 
+    def mapped(g: Tensor, x: Tensor, i: int, needs: tuple[bool, ...]) -> Any:
+        """The gradients of the input x, weight and bias of the linear map whose weight is the i-th, in their dtype."""
+        g_x, *others = linear_gradients(g, x, weights[i].to(dtype) if call.autocast else weights[i], needs)
+        kinds = zip(others, weights[i : i + 2], strict=True)
+        return g_x, *[t if t is None or like is None else t.to(like.dtype) for t, like in kinds]
+
     d: Any = _rows(dy)  # the gradient of s2, then of s1, then of x
     if not norm_first:
         d, *of_norm2 = normed(d, take("s2"), take("s2_mean"), take("s2_rstd"), False)
     g: Any = _masked(d, take("mask3"), dtype)  # what goes on in the branch
-    g, *of_linear2 = linear_gradients(g, saved["u"], w.linear2_weight, (True, *linear2))
+    g, *of_linear2 = mapped(g, saved["u"], 6, (True, *linear2))
     g = _dropped(g, take("mask2"))
     g = _relu_gradient(g, take("u"), 0) if activation == "relu" else _gelu_gradient(g, take("hidden"))
-    g, *of_linear1 = linear_gradients(g, take("z").to(dtype), w.linear1_weight, (True, *linear1))
+    g, *of_linear1 = mapped(g, take("z").to(dtype), 4, (True, *linear1))
     if norm_first:
         g, *of_norm2 = normed(g, take("s1"), take("s1_mean"), take("s1_rstd"), False)
         d = g.add_(d)
@@ -219,11 +225,11 @@ def _backward(call: _Call, tensors: list[Any], needs: Sequence[bool]) -> list[Te
         d, *of_norm1 = normed(d.add_(g), take("s1"), take("s1_mean"), take("s1_rstd"), True)
     before = needs_x or any(in_proj) or (norm_first and any(norm1))  # whether anything before needs a gradient
     g = _masked(d, take("mask1"), dtype)
-    g, *of_out_proj = linear_gradients(g, take("o"), w.out_proj_weight, (before, *out_proj))
+    g, *of_out_proj = mapped(g, take("o"), 2, (before, *out_proj))
     if before:
         g = _attention_gradient(g, take("qkv"), take("kept"), dropout, num_heads)
         n = take("n") if norm_first else rows
-        g, *of_in_proj = linear_gradients(g, n.to(dtype), w.in_proj_weight, (needs_x or norm_first, *in_proj))
+        g, *of_in_proj = mapped(g, n.to(dtype), 0, (needs_x or norm_first, *in_proj))
         if norm_first:
             g, *of_norm1 = normed(g, rows, take("x_mean"), take("x_rstd"), True)
     dx = None
