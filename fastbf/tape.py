@@ -120,10 +120,10 @@ class _Base(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A line, and the name that it makes."""
+    """A line, and the names that it makes."""
 
     code: str
-    makes: str = ""
+    makes: tuple[str, ...] = ()
 
 
 _NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
@@ -242,7 +242,7 @@ class Recorder(DispatchMode):
             self.steps.append(Step(f"{', '.join(names)}, = {call}"))
         elif key not in self.views:
             name = self.views[key] = self._new()
-            self.steps.append(Step(f"{name} = {self._part(base, shape, stride, offset - base.offset)}", name))
+            self.steps.append(Step(f"{name} = {self._part(base, shape, stride, offset - base.offset)}", (name,)))
         return self.views[key]
 
     def _part(self, base: _Base, shape: tuple[int, ...], stride: tuple[int, ...], distance: int) -> str:
@@ -268,7 +268,7 @@ class Recorder(DispatchMode):
         if func in (aten.empty.memory_format, aten.new_empty.default) and result.is_contiguous():
             name = self._name(result, self._new())
             self.fresh[name] = len(self.steps)
-            self.steps.append(Step(f"{name} = {self._allocation(result)}", name))
+            self.steps.append(Step(f"{name} = {self._allocation(result)}", (name,)))
             return
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             raise Unrecordable("a generator, whose state goes on")
@@ -280,10 +280,10 @@ class Recorder(DispatchMode):
             self.steps.append(Step(code))
         elif isinstance(result, Tensor):
             name = self._name(result, self._new())
-            self.steps.append(Step(f"{name} = {code}", name))
+            self.steps.append(Step(f"{name} = {code}", (name,)))
         elif isinstance(result, tuple) and all(isinstance(t, Tensor | None) for t in result):
             names = ["_" if t is None else self._name(t, self._new()) for t in result]
-            self.steps.append(Step(f"{', '.join(names)} = {code}"))
+            self.steps.append(Step(f"{', '.join(names)} = {code}", tuple(names)))
         else:
             raise Unrecordable(f"the results of {func}")
 
@@ -325,7 +325,7 @@ class Recorder(DispatchMode):
             args = x, dim
         else:
             call, args = self._product(call, args)
-        self.steps.append(Step(f"{name} = {self._once(call)}({', '.join(map(self._argument, args))})", name))
+        self.steps.append(Step(f"{name} = {self._once(call)}({', '.join(map(self._argument, args))})", (name,)))
 
     def _product(self, call: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """What computes [bias +] x · weight: ``F.linear``, which needs no view, if the transposed weight is whole."""
@@ -352,8 +352,7 @@ class Recorder(DispatchMode):
         kept = {*_names(returned), seed, *([] if self.frees else inputs)}
         for i, step in enumerate(steps):
             lines.append(step.code)
-            if step.makes in addressed:
-                lines.append(f"p_{step.makes} = {step.makes}.data_ptr()")
+            lines += [f"p_{name} = {name}.data_ptr()" for name in step.makes if name in addressed]
             if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({returned},)")

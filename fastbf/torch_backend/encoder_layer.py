@@ -1,8 +1,7 @@
 """The torch backend's encoder layer: one autograd Function, whose steps have the names of ``reference.encoder_layer``.
 
-An operator that autograd records costs the host twice what it costs alone, and one from a tape less than that. Where
-operators must be seen one by one, by a compiler and in transforms, and where other ranks send keys, the reference
-serves.
+Autograd records no operator, and a tape makes those of a call that repeats. Where operators must be seen one by one, by
+a compiler and in transforms, and where other ranks send keys, the reference serves.
 """
 
 from __future__ import annotations

@@ -163,3 +163,20 @@ def test_batches_of_gradients_are_refused_and_change_nothing():
             with pytest.raises(RuntimeError, match="one gradient at a time"):
                 torch.autograd.grad(out, step.x, grads, is_grads_batched=True)
             assert torch.autograd.grad(out, step.x, grads[0])[0].any()
+
+
+def test_kernels_read_one_of_several_results(monkeypatch):
+    """Of an operator that returns a tuple."""
+    compiled = Compiled()
+    monkeypatch.setattr(launches, "stream_for", lambda _: 0)
+
+    def function(a):
+        _, mean, _ = torch.native_layer_norm(a, (4,), None, None, 1e-5)
+        if launch._observers.observe:
+            launch._observers.observe(launch.Launched(compiled, 1, (mean,), ()))
+        return (mean,)
+
+    launch._observers.observe = None
+    for _ in range(3):
+        (mean,) = call(function, torch.randn(3, 4), noting=launches.noting)
+    assert [pointer for *_, pointer in compiled.launches] == [mean.data_ptr()]
