@@ -491,7 +491,7 @@ def linear_cross_entropy(
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
-        checks.index_range(target, linear_weight.shape[0], tape.of.ignore_index)
+        checks.index_range(target, linear_weight.shape[0], -100 if ignore_index is None else ignore_index)
         try:
             made, of_streams = tape.again(tape, tensors)
             return (made, LossStats(*of_streams)) if stats else made

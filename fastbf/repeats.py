@@ -48,17 +48,23 @@ def forget() -> None:
         _seen.clear()
 
 
-def is_second(signature: What) -> bool:
-    """Whether a call comes for the second time."""
+def is_second(what: What, geometry: Callable[[], What]) -> bool:
+    """Whether a call of ``what`` comes for the second time; later, whether one of this geometry of tensors does."""
+    before = _count(what)
+    return before == 1 if before < 2 else _count((*what, *geometry())) == 1
+
+
+def _count(signature: What) -> int:
+    """How often the signature came before."""
     with _lock:
         try:
             before = _seen.get(signature, 0)
         except TypeError:  # an argument that has no hash
-            return False
+            return 0
         _seen[signature] = before + 1
         while len(_seen) > MOST_SEEN:
             del _seen[next(iter(_seen))]
-    return before == 1
+    return before
 
 
 def hold(what: What, tape: Tape) -> None:

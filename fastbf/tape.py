@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbf.repeats import Results, Tape, What, find, hold, is_second
+from fastbf import repeats
+from fastbf.repeats import Results, Tape, What, find, hold
 from fastbf.torch_state import (
     CAST,
     COPY_ALL,
@@ -34,6 +35,7 @@ from fastbf.torch_state import (
     device_type,
     modes,
     no_autocast,
+    overwritten,
     viewer,
     watched,
 )
@@ -80,7 +82,7 @@ def noting(
     ``of``, ``again`` and ``stream_for`` are those of the tape, and in the context ``listen`` notes what is no operator.
     """
     results: list[Any] = []
-    if what is None or torch.compiler.is_compiling() or watched() or not _is_second(what, tensors, stream_for):
+    if what is None or torch.compiler.is_compiling() or watched() or not is_second(what, tensors, stream_for):
         yield results
         return
     recorder = Recorder(tensors, seed)
@@ -90,18 +92,25 @@ def noting(
         hold(what, recorder.tape(results, of, again)._replace(stream_for=stream_for))
 
 
-def _is_second(
-    what: What, tensors: Sequence[Tensor | None], stream_for: Callable[[torch.device], int | None] | None
+def is_second(
+    what: What, tensors: Sequence[Tensor | None], stream_for: Callable[[torch.device], int | None] | None = None
 ) -> bool:  # fmt: skip
-    """Whether the call is the second of its signature, and one that a tape may hold."""
+    """Whether the call comes for the second time, and is one that a tape may hold. A size that comes once costs little.
+
+    Arguments as in :func:`noting`.
+    """
     first: Any = tensors[0]
+    given = [t for t in tensors if t is not None]
     if stream_for is not None and stream_for(first.device) is None:
         return False
-    of_tensors = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
-    given = [t for t in tensors if t is not None]
-    distinct = len({id(t) for t in given}) == len(given)
+    if not repeats.is_second(what, lambda: (first.device, _matmul.fp32_precision, *map(_geometry, tensors))):
+        return False
     aligned = stream_for is None or not any(t.data_ptr() % 16 for t in given)  # as kernels that were noted may assume
-    return is_second((*what, distinct, first.device, _matmul.fp32_precision, *of_tensors)) and distinct and aligned
+    return aligned and len({id(t) for t in given}) == len(given)
+
+
+def _geometry(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16, t.requires_grad)
 
 
 class Unrecordable(Exception):
@@ -117,6 +126,10 @@ class _Base(NamedTuple):
     offset: int
     dtype: torch.dtype
     address: int
+
+    @classmethod
+    def of(cls, t: Tensor, name: str) -> _Base:
+        return cls(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr())
 
 
 class Step(NamedTuple):
@@ -136,9 +149,13 @@ class Recorder(DispatchMode):
         steps: the lines. What listens adds its own, of what :meth:`constant`, :meth:`read` and :meth:`pointer` return.
         failure: why no tape can be made; empty if one can.
         paused: whether operators go unnoted.
+        written: which inputs an operator writes to.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None], seed: Tensor | None) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor | None], seed: Tensor | None = None, differentiated: bool = False
+    ) -> None:  # fmt: skip
+        """``differentiated``: whether the tape depends on which inputs require gradients."""
         super().__init__()
         self.environment: dict[str, object] = {}
         self.steps: list[Step | None] = []
@@ -148,14 +165,19 @@ class Recorder(DispatchMode):
         self.splits: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}  # by what is split
         self.failure: str = ""
         self.paused: bool = False
-        self.by_onednn: bool = False
         self.count: int = 0
-        self.inputs: dict[str, Tensor | None] = {f"x{i}": t for i, t in enumerate(inputs)}
+        self.inputs: list[str] = [f"x{i}" for i in range(len(inputs))]
+        self.dtypes: tuple[torch.dtype | None, ...] = tuple([None if t is None else t.dtype for t in inputs])
         self.frees: bool = isinstance(inputs, list)
-        self.seed: tuple[str, Tensor | None] = f"x{len(inputs)}", seed
-        for name, t in (*self.inputs.items(), self.seed):
+        self.seed: str = f"x{len(inputs)}"
+        self.draws: bool = seed is not None
+        self.written: set[int] = set()
+        self.bases: dict[int, list[_Base]] = {}  # by where their storage begins
+        for name, t in (*zip(self.inputs, inputs, strict=True), (self.seed, seed)):
             if t is not None:
-                self._name(t, name)
+                self._own(_Base.of(t, name), t)
+                self.bases.setdefault(t.untyped_storage().data_ptr(), []).append(self._owner(t))
+        self.guards: list[str] = list(self._guards(inputs, differentiated))
 
     def __torch_dispatch__(
         self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,9 +207,11 @@ class Recorder(DispatchMode):
         self.count += 1
         return f"t{self.count}"
 
-    def _name(self, t: Tensor, name: str) -> str:
-        self._own(_Base(name, tuple(t.shape), t.stride(), int(t.storage_offset()), t.dtype, t.data_ptr()), t)
-        return name
+    def _name(self, t: Tensor) -> str:
+        base = _Base.of(t, self._new())
+        self._own(base, t)
+        self.bases[t.untyped_storage().data_ptr()] = [base]
+        return base.name
 
     def _own(self, base: _Base, t: Tensor) -> None:
         key, owners = id(t), self.owners
@@ -195,11 +219,23 @@ class Recorder(DispatchMode):
 
     def _owner(self, t: Tensor) -> _Base:
         if id(t) not in self.owners:
-            raise Unrecordable("a tensor that is neither an input nor made here")
+            self._own(self._aliased(t), t)
         base, geometry, _ = self.owners[id(t)]
         if self._geometry(base, t) != geometry:
             raise Unrecordable("a tensor that was given another shape or memory")
         return base
+
+    def _aliased(self, t: Tensor) -> _Base:
+        """The base of a tensor that no operator made: autograd's own alias of what it saved."""
+        bases = self.bases.get(t.untyped_storage().data_ptr(), []) if t.numel() else []
+        same = [b for b in bases if (b.shape, b.stride, b.address) == (tuple(t.shape), t.stride(), t.data_ptr())]
+        if len(bases) == 1 or same:
+            return (same or bases)[0]
+        raise Unrecordable("a tensor that is neither an input nor made here")
+
+    def is_of_input(self, t: Tensor) -> bool:
+        """Whether a tensor is an input or a part of one."""
+        return self._owner(t).name in self.inputs
 
     @staticmethod
     def _geometry(base: _Base, t: Tensor) -> tuple[Any, ...]:
@@ -266,7 +302,7 @@ class Recorder(DispatchMode):
                 self.splits[base.name] = call, [self._geometry(base, view) for view in result]
             return
         if func in (aten.empty.memory_format, aten.new_empty.default) and result.is_contiguous():
-            name = self._name(result, self._new())
+            name = self._name(result)
             self.fresh[name] = len(self.steps)
             self.steps.append(Step(f"{name} = {self._allocation(result)}", (name,)))
             return
@@ -274,15 +310,17 @@ class Recorder(DispatchMode):
             raise Unrecordable("a generator, whose state goes on")
         if func in _INTO and kwargs.keys() == {"out"} and self._may_allocate(func, args, kwargs["out"]):
             return self._allocating(func, args, kwargs["out"])
-        self.by_onednn |= func.namespace == "mkldnn"
+        for t in overwritten(func, args, kwargs):
+            if (owner := self._owner(t).name) in self.inputs:
+                self.written.add(self.inputs.index(owner))
         code = self._call(func, args, kwargs)
         if any(result is a for a in (*args, *kwargs.values())) or result is None:
             self.steps.append(Step(code))
         elif isinstance(result, Tensor):
-            name = self._name(result, self._new())
+            name = self._name(result)
             self.steps.append(Step(f"{name} = {code}", (name,)))
         elif isinstance(result, tuple) and all(isinstance(t, Tensor | None) for t in result):
-            names = ["_" if t is None else self._name(t, self._new()) for t in result]
+            names = ["_" if t is None else self._name(t) for t in result]
             self.steps.append(Step(f"{', '.join(names)} = {code}", tuple(names)))
         else:
             raise Unrecordable(f"the results of {func}")
@@ -343,7 +381,7 @@ class Recorder(DispatchMode):
         returned = ", ".join("None" if t is None else self._returned(t) for t in results)
         steps = [step for step in self.steps if step is not None]
         addressed = {m[1] for step in steps for m in _NAME.finditer(step.code) if m[0].startswith("p_")}
-        seed, inputs = self.seed[0], list(self.inputs)
+        seed, inputs = self.seed, self.inputs
         pointers = [name for name in (*inputs, seed) if name in addressed]
         lines = [f"{', '.join(inputs)}, = tensors", *["tensors.clear()"] * self.frees]
         lines += [f"p_{name} = {name}.data_ptr()" for name in pointers]
@@ -356,18 +394,20 @@ class Recorder(DispatchMode):
             if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({returned},)")
-        guards, body = " and ".join(self._guards()), "\n    ".join(lines)
+        guards, body = " and ".join(self.guards), "\n    ".join(lines)
         source = f"def fits({', '.join(inputs)}):\n    return {guards}\n\n"
         source += f"def run(stream, {seed}, tensors):\n    {body}\n"
         scope: dict[str, Any] = dict(self.environment)
         exec(compile(source, "<fastbf tape>", "exec"), scope)
-        draws = self.seed[1] is not None
-        dtypes = tuple([None if t is None else t.dtype for t in self.inputs.values()])
-        return Tape(scope["fits"], scope["run"], draws, dtypes, of, again, source)
+        return Tape(scope["fits"], scope["run"], self.draws, self.dtypes, of, again, source)
 
-    def _guards(self) -> Iterator[str]:
+    def reads(self, i: int) -> bool:
+        """Whether anything reads the i-th input."""
+        return any(step is not None and self.inputs[i] in _names(step.code) for step in self.steps)
+
+    def _guards(self, inputs: Sequence[Tensor | None], differentiated: bool) -> Iterator[str]:
         """Conditions for tensors of the geometry that was noted, whatever they are."""
-        for name, t in self.inputs.items():
+        for name, t in zip(self.inputs, inputs, strict=True):
             if t is None:
                 yield f"{name} is None"
                 continue
@@ -377,10 +417,12 @@ class Recorder(DispatchMode):
             yield f"{name}.is_contiguous()" if contiguous else f"{name}.stride() == {self.constant(t.stride())}"
             yield f"{name}.dtype is {self._once(t.dtype)}"
             yield f"{name}.is_cpu" if t.is_cpu else f"{name}.device == {self.constant(t.device)}"
-        if any(t is not None and t.is_cuda for t in self.inputs.values()):
+            if differentiated:
+                yield f"{name}.requires_grad" if t.requires_grad else f"not {name}.requires_grad"
+        if any(t is not None and t.is_cuda for t in inputs):
             # Attention in fp32 goes by it, products see for themselves.
             yield f"{self._once(_matmul)}.fp32_precision == {_matmul.fp32_precision!r}"
-        if self.by_onednn:
+        if differentiated:  # which products may be by oneDNN
             yield f"{self._once(torch.backends.mkldnn)}.enabled"
 
 

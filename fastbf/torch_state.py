@@ -8,7 +8,7 @@ substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
 
@@ -23,6 +23,8 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _NOTHING = nullcontext()
 _FUNCTORCH: Any = torch._C._functorch
+_AUTOGRAD: Any = torch._C._autograd
+_HOOKS, _HOOKS_ALLOWED = _AUTOGRAD._top_saved_tensors_default_hooks, _AUTOGRAD._saved_tensors_hooks_is_enabled
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
@@ -137,6 +139,14 @@ def release_saved(ctx: Any) -> None:
         ctx.maybe_clear_saved_tensors()
 
 
+def saves_itself() -> bool:
+    """Whether autograd saves tensors as they are: no hooks see them, as those of checkpoints do, and hooks are allowed.
+
+    Public substitute: none.
+    """
+    return _HOOKS_ALLOWED() and _HOOKS(True) is None
+
+
 def traced_as_constant(function: AnyFunction) -> AnyFunction:
     """Lets ``torch.compile`` take the function's result at the time of tracing, without tracing the function.
 
@@ -240,6 +250,14 @@ def has_values(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or transformed() or jit_traced():
         return False
     return x.device.type != "meta" and not is_fake(x) and not watched()
+
+
+def overwritten(func: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call of an operator writes to. Public substitute: none."""
+    for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from given if isinstance(given, list | tuple) else () if given is None else (given,)
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -37,17 +37,22 @@ def counter_based(monkeypatch):
 
 @pytest.fixture
 def plays(monkeypatch):
-    """Counts calls that a tape served, and those that none did."""
-    from fastbf import tape
+    """Counts directions of calls that a tape served, and those that none did."""
+    from fastbf import joint, tape
 
-    count, play = Counter(), tape.play
+    count, play, call = Counter(), tape.play, joint.call
 
     def counted(*call):
         made = play(*call)
         count["as written" if made is None else "by a tape"] += 1
         return made
 
+    def written(*given):
+        count["as written"] += 2
+        return call(*given)
+
     monkeypatch.setattr(tape, "play", counted)
+    monkeypatch.setattr(joint, "call", written)
     return count
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbf
-from fastbf import tape
+from fastbf import repeats, tape
 
 C, K = 8, 8
 
@@ -48,8 +48,9 @@ def assert_as_written(step):
     found = step()
     torch.set_rng_state(state)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tape, "play", lambda *_: None)
-        patch.setattr(tape, "_is_second", lambda *_: False)
+        for module in (repeats, tape):
+            patch.setattr(module, "find", lambda *_: None)
+        patch.setattr(tape, "is_second", lambda *_: False)
         expected = step()
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):

@@ -31,6 +31,7 @@ FLOORS = (
         "fastbf.checks",
         "fastbf.dropout",
         "fastbf.environment",
+        "fastbf.joint",
         "fastbf.precision",
         "fastbf.reference",
         "fastbf.repeats",

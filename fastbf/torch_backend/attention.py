@@ -5,13 +5,16 @@ PyTorch keeps the probability, the decision and the product of both. ``clamp_min
 ``abs`` that before, and 0 is the gradient of what is dropped.
 
 Many scores are computed in pieces that fit the cache. Probabilities that would take too much memory are not kept:
-backward computes them again, and the seed gives the same decisions again. docs/backends.md has the measurements that
-set both limits.
+backward computes them again. Decisions are kept as bits then, or drawn again from a seed that the caller gave.
+docs/backends.md has the measurements that set both limits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from enum import Enum
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +24,10 @@ from torch.autograd import Function
 
 from fastbf import reference
 from fastbf.autograd import applying
-from fastbf.dropout import Dropout, attention_mask, draw_seed
+from fastbf.dropout import Dropout, attention_mask
 from fastbf.precision import compute_dtype
-from fastbf.torch_state import is_batched, no_autocast
+from fastbf.torch_backend import bits
+from fastbf.torch_state import differentiated, is_batched, no_autocast, traced
 
 #: Scores in a piece. On a GPU a piece bounds memory, and is large enough for a launch to fill the machine.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 26
@@ -60,6 +64,13 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) ->
     return torch.baddbmm(a.new_empty(()) if out is None else out, a, b, beta=0, alpha=scale, out=out)
 
 
+class Words(NamedTuple):
+    """Decisions of a piece of the scores: values that exceed the limit are kept."""
+
+    values: Tensor
+    limit: float
+
+
 class Call(NamedTuple):
     """Scale and dropout of an attention call."""
 
@@ -69,37 +80,60 @@ class Call(NamedTuple):
     def kept_scale(self) -> float:
         return 1.0 if self.dropout is None else self.dropout.scale
 
-    def words(self, shape: Sequence[int], device: torch.device, group: int, row: int) -> Tensor | None:
-        """The words of a piece of the scores that begins at a group and a row; None without dropout."""
-        return None if self.dropout is None else self.dropout.scores(shape, device, group, row)
+    def words(self, shape: Sequence[int], device: torch.device, group: int, row: int) -> Words | None:
+        """The decisions of a piece that begins at a group and a row; None without dropout."""
+        if self.dropout is None:
+            return None
+        return Words(self.dropout.scores(shape, device, group, row), self.dropout.limit)
 
-    def sign(self, weights: Tensor, words: Tensor | None, room: Tensor) -> Tensor:
-        """Makes dropped weights negative, in place; ``room`` is a scratch tensor of their shape."""
-        if self.dropout is None or words is None:
-            return weights
-        return weights.copysign_(room.copy_(words).sub_(self.dropout.limit))
+    def sign(self, weights: Tensor, words: Words | None, room: Tensor) -> Tensor:
+        """Makes dropped weights negative, in place, and ``room`` of their shape what is not positive there."""
+        return weights if words is None else weights.copysign_(room.copy_(words.values).sub_(words.limit))
 
-    def weights(self, q: Tensor, k: Tensor, at: tuple[int, int], out: Tensor, room: Tensor) -> Tensor:
-        """Writes the signed softmax(scale · q kᵀ) of a piece at a group and a row; ``room`` is a scratch tensor."""
-        words = self.words(out.shape, q.device, *at)
+    def weights(self, q: Tensor, k: Tensor, words: Words | None, out: Tensor, room: Tensor) -> Tensor:
+        """Writes the signed softmax(scale · q kᵀ) of a piece; ``room`` is as in :meth:`sign`."""
         scores = scaled_bmm(q, k.mT, self.scale, out=room)
         return self.sign(torch.softmax(scores, dim=-1, out=out), words, room)
+
+    def again(self, shape: Sequence[int], device: torch.device, kept: Tensor | None) -> Iterator[Words | None]:
+        """The decisions of each piece of all scores, of which :func:`forward` kept these bits or nothing."""
+        for group, row in pieces(shape, device):
+            piece = (group.stop - group.start, row.stop - row.start, shape[2])
+            if kept is None:
+                yield self.words(piece, device, group.start, row.start)
+                continue
+            of_piece, kept = kept.tensor_split([bits.size(math.prod(piece))])
+            yield Words(bits.unpack(of_piece, piece), 0.5)
 
     def mask(self, shape: Sequence[int], kept: Tensor | None, device: torch.device) -> Tensor | None:
         """The multiplier (G, N, M) of a call of which forward kept this."""
         if self.dropout is None:
             return None
-        if kept is None:
-            return self.dropout.as_multiplier(self.dropout.scores(shape, device))
-        return (kept > 0).to(kept.dtype).mul_(self.dropout.scale)
+        if kept is not None and kept.is_floating_point():
+            return (kept > 0).to(kept.dtype).mul_(self.dropout.scale)
+        mask = torch.empty(shape, dtype=self.dropout.dtype, device=device)
+        for at, words in zip(pieces(shape, device), self.again(shape, device, kept), strict=True):
+            assert words is not None
+            mask[at] = (words.values > words.limit).to(mask.dtype).mul_(self.dropout.scale)
+        return mask
 
 
-def settled(dropout: Dropout | None, q: Tensor, k: Tensor, keep: bool = True) -> tuple[Dropout | None, bool]:
-    """Whether the weights of q (G, N, D) and k (G, M, D) may be kept for backward. If not, the dropout has a seed."""
-    keep = keep and q.shape[0] * q.shape[1] * k.shape[1] * compute_dtype(q.dtype).itemsize <= KEPT_BYTES
-    if not keep and dropout is not None and dropout.seed is None:
-        dropout = Dropout(dropout.dropout_p, draw_seed(q.device), dropout.dtype)
-    return dropout, keep
+class Keep(Enum):
+    """What forward keeps for backward: nothing, decisions as bits, or signed weights."""
+
+    NOTHING = 0
+    DECISIONS = 1
+    WEIGHTS = 2
+
+
+def keeps(dropout: Dropout | None, allowed: bool, *qkv: Tensor) -> Keep:
+    """What to keep of these, or of one tensor that stacks them; ``allowed`` is whether weights may be kept."""
+    q, k, _ = _each(qkv)
+    if not differentiated(*qkv):
+        return Keep.NOTHING
+    if allowed and q.shape[0] * q.shape[1] * k.shape[1] * compute_dtype(q.dtype).itemsize <= KEPT_BYTES:
+        return Keep.WEIGHTS
+    return Keep.DECISIONS if dropout is not None and dropout.seed is None else Keep.NOTHING
 
 
 def cut(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
@@ -121,27 +155,30 @@ def _scratch(count: int, x: Tensor, columns: int) -> Tensor:
     return x.new_empty(count, *cut((*x.shape[:2], columns), x.device), columns)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """drop(softmax(scale · q kᵀ)) v, and the signed weights if ``keep``. q (G, N, D), k and v (G, M, D)."""
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> tuple[Tensor, Tensor | None]:
+    """drop(softmax(scale · q kᵀ)) v, and what is kept. q (G, N, D), k and v (G, M, D)."""
     shape, o = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape)
-    kept = q.new_empty(shape) if keep else None
+    kept = q.new_empty(shape) if keep is Keep.WEIGHTS else None
     if kept is not None and cut(shape, q.device) == shape[:2]:  # one piece
-        _forward(call, q, k, v, (0, 0), kept, q.new_empty(shape), o)
+        _forward(call, q, k, v, call.words(shape, q.device, 0, 0), kept, q.new_empty(shape), o)
         return o, kept
-    scratch = _scratch(1 if keep else 2, q, k.shape[1])
+    scratch, decisions = _scratch(2 if kept is None else 1, q, k.shape[1]), []
     for group, row in pieces(shape, q.device):
-        q_piece, at = q[group, row], (group.start, row.start)
+        q_piece = q[group, row]
         room, *spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
         weights = spare[0] if kept is None else kept[group, row]
-        _forward(call, q_piece, k[group], v[group], at, weights, room, o[group, row])
-    return o, kept
+        words = call.words(weights.shape, q.device, group.start, row.start)
+        _forward(call, q_piece, k[group], v[group], words, weights, room, o[group, row])
+        if keep is Keep.DECISIONS:
+            decisions.append(bits.pack(weights > 0))
+    return o, torch.cat(decisions) if decisions else kept
 
 
 def _forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, at: tuple[int, int], weights: Tensor, room: Tensor, o: Tensor
+    call: Call, q: Tensor, k: Tensor, v: Tensor, words: Words | None, weights: Tensor, room: Tensor, o: Tensor
 ) -> None:  # fmt: skip
     """Writes weights and o of a piece of the queries; k and v are those of its groups."""
-    call.weights(q, k, at, weights, room)
+    call.weights(q, k, words, weights, room)
     scaled_bmm(torch.clamp_min(weights, 0, out=room), v, call.kept_scale(), out=o)
 
 
@@ -154,21 +191,21 @@ def backward(
     """
     q, k, v = qkv
     shape = *q.shape[:2], k.shape[1]
-    if kept is not None and cut(shape, q.device) == shape[:2]:  # one piece
-        _backward(call, do, qkv, kept, (q.new_empty(shape), q.new_empty(shape)), grads, 0.0)
+    signed = kept if kept is not None and kept.is_floating_point() else None
+    if signed is not None and cut(shape, q.device) == shape[:2]:  # one piece
+        _backward(call, do, qkv, signed, (q.new_empty(shape), q.new_empty(shape)), grads, 0.0)
         return
-    scratch = _scratch(3 if kept is None else 2, q, k.shape[1])
-    for group, row in pieces(shape, q.device):
+    scratch = _scratch(3 if signed is None else 2, q, k.shape[1])
+    again = repeat(None) if signed is not None else call.again(shape, q.device, kept)
+    for (group, row), words in zip(pieces(shape, q.device), again, strict=False):
         q_piece, k_group, v_group = q[group, row], k[group], v[group]
         rooms = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
-        if kept is None:
-            weights = call.weights(q_piece, k_group, (group.start, row.start), rooms[2], rooms[0])
-        else:
-            weights = kept[group, row]
-        places = (group, row), (group,), (group,)
-        of_piece = [None if t is None else t[at] for t, at in zip(grads, places, strict=True)]
+        at = group, row
+        weights = call.weights(q_piece, k_group, words, rooms[2], rooms[0]) if signed is None else signed[at]
+        places = at, (group,), (group,)
+        of_piece = [None if t is None else t[place] for t, place in zip(grads, places, strict=True)]
         add = float(row.start > 0)  # 1 adds to the sums over earlier rows of the group
-        _backward(call, do[group, row], (q_piece, k_group, v_group), weights, (rooms[0], rooms[1]), of_piece, add)
+        _backward(call, do[at], (q_piece, k_group, v_group), weights, (rooms[0], rooms[1]), of_piece, add)
 
 
 def _backward(
@@ -192,12 +229,15 @@ def _backward(
 
 
 class _Attention(Function):
-    """Attention of q (G, N, D) to k and v (G, M, D), with dropout. Saves these and, if ``keep``, the signed weights."""
+    """Attention of q (G, N, D) to k and v (G, M, D), or of one tensor (3, G, N, D) that stacks them.
+
+    Saves these and what is to be kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, keep: bool, *qkv: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, keep: Keep, *qkv: Tensor) -> Tensor:
         with no_autocast(qkv[0]):
-            q, k, v = (t.to(compute_dtype(t.dtype)) for t in qkv)
+            q, k, v = _each([t.to(compute_dtype(t.dtype)) for t in qkv])
             o, kept = forward(call, q, k, v, keep)
         ctx.save_for_backward(*qkv, kept)
         ctx.call = call
@@ -212,20 +252,42 @@ class _Attention(Function):
         with no_autocast(do):
             inputs = [t.to(compute_dtype(t.dtype)) for t in qkv]
             grads = [t.new_empty(t.shape) if n else None for t, n in zip(inputs, ctx.needs_input_grad[2:], strict=True)]
-            backward(ctx.call, do.to(inputs[0].dtype).contiguous(), inputs, kept, grads)
+            backward(ctx.call, do.to(inputs[0].dtype).contiguous(), _each(inputs), kept, _each(grads))
         return None, None, *grads
+
+
+def _each(qkv: Sequence[Any]) -> Sequence[Any]:
+    """Queries, keys and values, given these or what stacks them."""
+    return qkv[0].unbind() if len(qkv) == 1 else qkv
 
 
 def _differentiable(ctx: Any, do: Tensor, qkv: Sequence[Tensor], kept: Tensor | None) -> Iterator[Tensor | None]:
     """The gradients with a graph of their own, by autograd from the formula."""
     # Views, because one input may be computed from another and only the direct dependence counts.
-    q, k, v = qkv = [t.view_as(t) for t in qkv]
+    qkv = [t.view_as(t) for t in qkv]
+    q, k, v = _each(qkv)
     mask = ctx.call.mask((*q.shape[:2], k.shape[1]), kept, q.device)
     with no_autocast(do):
-        o = (torch.softmax(q * ctx.call.scale @ k.mT, dim=-1) * mask).to(v.dtype) @ v
+        weights = torch.softmax(q * ctx.call.scale @ k.mT, dim=-1)
+        o = (weights if mask is None else weights * mask).to(v.dtype) @ v
     needs = ctx.needs_input_grad[2:]
     grads = iter(torch.autograd.grad(o, [t for t, n in zip(qkv, needs, strict=True) if n], do, create_graph=True))
     return (next(grads) if need else None for need in needs)
+
+
+def _attention(scale: float, dropout: Dropout | None, allowed: bool, *qkv: Tensor) -> Tensor:
+    """Attention of what :class:`_Attention` takes. ``allowed`` is whether weights may be kept."""
+    return applying(_Attention, qkv[0])(Call(scale, dropout), keeps(dropout, allowed, *qkv), *qkv)
+
+
+def self_attention(qkv: Tensor, shape: torch.Size, num_heads: int, dropout: Dropout | None) -> Tensor:
+    """Attention from queries, keys and values side by side, (R, 3C) → (R, C), of a tensor of ``shape`` (N, …, C)."""
+    head_dim = shape[-1] // num_heads
+    if qkv.numel() == 0 or traced():
+        q, k, v = reference.split_qkv(qkv.view(*shape[:-1], 3 * shape[-1]), num_heads)
+        return by_torch(q, k, v, head_dim**-0.5, dropout).reshape(-1, shape[-1])
+    o = _attention(head_dim**-0.5, dropout, True, stacked(qkv, shape[0], 3, num_heads))
+    return side_by_side(o[None], num_heads)
 
 
 def batch_attention(
@@ -239,11 +301,7 @@ def batch_attention(
     dropout = Dropout(dropout_p, seed, compute_dtype(q.dtype), (0, first_row, 0)) if dropout_p else None
     if dropout is None or q.numel() == 0 or k.numel() == 0 or dropout.traced:
         return by_torch(q, k, v, scale, dropout)
-    flat = [batched(t, t.dtype).contiguous() for t in (q, k, v)]
-    dropout, keep = settled(dropout, flat[0], flat[1], keep)
-    return unbatched(
-        applying(_Attention, flat[0])(Call(scale, dropout), keep and torch.is_grad_enabled(), *flat), like=q
-    )
+    return unbatched(_attention(scale, dropout, keep, *(batched(t, t.dtype).contiguous() for t in (q, k, v))), like=q)
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None) -> Tensor:

@@ -6,18 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbf.dropout import Dropout, Site, elementwise_mask
+from fastbf.torch_state import traced
 
 
-def drop(x: Tensor, dropout: Dropout | None, site: Site) -> Tensor:
-    """x (N, …, C) after dropout."""
-    return x if dropout is None else (x * elementwise_mask(dropout, site, x)).to(x.dtype)
+def drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x after dropout, in x's memory and dtype; ``mask`` is the multiplier, None without dropout."""
+    if mask is None:
+        return x
+    return (x * mask).to(x.dtype) if traced() else x.mul_(mask)
 
 
-def activate(x: Tensor, activation: str, dropout: Dropout | None) -> Tensor:
-    """drop(act(x)). ReLU follows dropout, so that backward and the next product read the same tensor."""
-    relu = activation == "relu"
-    x = drop(x if relu else F.gelu(x), dropout, Site.ACTIVATION)
-    return F.relu(x) if relu else x
+def activate(x: Tensor, activation: str, mask: Tensor | None) -> Tensor:
+    """drop(act(x)), in x's memory. ReLU follows dropout, so that backward and the next product read one tensor."""
+    if activation == "relu":
+        x = drop(x, mask)
+        return F.relu(x) if traced() else x.relu_()
+    return drop(F.gelu(x), mask)
 
 
 def dropout_add_layer_norm(
@@ -31,10 +35,15 @@ def dropout_add_layer_norm(
     seed: Tensor | None,
 ) -> Tensor:
     """LayerNorm(residual + drop(x))."""
-    dropout = Dropout(dropout_p, seed, x.dtype) if dropout_p else None
-    return F.layer_norm(residual + drop(x, dropout, Site.ATTENTION_OUTPUT), (x.shape[-1],), weight, bias, eps)
+    if dropout_p:
+        mask = elementwise_mask(Dropout(dropout_p, seed, x.dtype), Site.ATTENTION_OUTPUT, x)
+        x = (x * mask).to(x.dtype)
+    return F.layer_norm(residual + x, (x.shape[-1],), weight, bias, eps)
 
 
 def activation_dropout(x: Tensor, activation: str, *, dropout_p: float, seed: Tensor | None) -> Tensor:
     """drop(act(x))."""
-    return activate(x, activation, Dropout(dropout_p, seed, x.dtype) if dropout_p else None)
+    u = F.relu(x) if activation == "relu" else F.gelu(x)
+    if not dropout_p:
+        return u
+    return (u * elementwise_mask(Dropout(dropout_p, seed, x.dtype), Site.ACTIVATION, x)).to(x.dtype)

@@ -9,14 +9,15 @@ and 216, 173 and 156 GFLOP/s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from fastbf.autograd import Gradients
+from fastbf.autograd import Gradients, applying
 from fastbf.environment import cpu_name
 from fastbf.tape import counted
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
@@ -49,7 +50,6 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and not traced()
         and not counted()  # FLOPs, where no operator of oneDNN is known
         and _suits_onednn()
         and bool(torch.backends.mkldnn.enabled)
@@ -65,21 +65,31 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) · b (K, N) → (M, N). Differentiable where autograd records."""
-    large = a.numel() * b.shape[1] >= _LARGE and (b.shape[1] >= _COLUMNS or a.is_contiguous())
+    large = not traced() and a.numel() * b.shape[1] >= _LARGE and (b.shape[1] >= _COLUMNS or a.is_contiguous())
     return _product(a, b.mT, None) if large and not torch.is_grad_enabled() and _onednn(a, b.mT) else torch.mm(a, b)
 
 
-def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Gradients:
-    """The gradients of x (M, C), weight (K, C) and bias, of which ``needs`` says which are wanted; grad is (M, K)."""
-    needs_x, needs_weight, needs_bias = needs
-    return (
-        mm(grad, weight) if needs_x else None,
-        mm(grad.mT, x) if needs_weight else None,
-        grad.sum(0) if needs_bias else None,
-    )
+class _Linear(Function):
+    """A linear layer by oneDNN. Saves x and the weight. The gradient's graph, if wanted, is that of ``torch.mm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            mm(grad, weight) if needs_x else None,
+            mm(grad.mT, x) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, as ``F.linear``. x (M, C), weight (K, C), bias (K,) or None → (M, K)."""
-    large = x.numel() * weight.shape[0] >= _LARGE and not torch.is_grad_enabled() and _onednn(x, weight)
-    return _product(x, weight, bias) if large else F.linear(x, weight, bias)
+    if traced() or x.numel() * weight.shape[0] < _LARGE or not _onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return applying(_Linear, x)(x, weight, bias)

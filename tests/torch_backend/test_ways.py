@@ -1,4 +1,4 @@
-"""Attention whole, in pieces and drawn again: one result, whatever supplies the decisions."""
+"""Attention whole, in pieces and computed again: one result, whatever supplies the decisions."""
 
 import pytest
 import torch
@@ -90,19 +90,15 @@ def test_without_one_the_decisions_are_the_generators(way, p, monkeypatch):
     torch.manual_seed(3)
     seen = batch_attention(q, q, v, dropout_p=p).movedim(0, 1)[..., :n] > 0
     torch.manual_seed(3)
-    if way == "drawn again":
-        dropout = Dropout(p, torch.randint(-(2**63), 2**63 - 1, (1,)), torch.float64)
-        drawn = dropout.scores((groups, n, n), q.device)
-    else:
-        dropout = Dropout(p, None, torch.float64)
-        rows = 6 if way == "whole" else 20 * 2 // n  # of a piece
-        step = groups if way == "whole" else 1
-        drawn = torch.cat(
-            [
-                torch.cat([dropout.scores((step, min(rows, n - r), n), q.device) for r in range(0, n, rows)], dim=1)
-                for _ in range(0, groups, step)
-            ]
-        )
+    dropout = Dropout(p, None, torch.float64)
+    rows = 6 if way == "whole" else 20 * 2 // n  # of a piece
+    step = groups if way == "whole" else 1
+    drawn = torch.cat(
+        [
+            torch.cat([dropout.scores((step, min(rows, n - r), n), q.device) for r in range(0, n, rows)], dim=1)
+            for _ in range(0, groups, step)
+        ]
+    )
     assert torch.equal(seen, drawn > dropout.limit)
 
 
@@ -179,17 +175,17 @@ def test_each_site_of_a_layer_without_a_seed_has_its_own_multiplier(dtype, autoc
 
 @every_way
 def test_what_is_kept_for_backward(way, monkeypatch):
-    """Of N x N numbers: probabilities with their signs, or none; PyTorch's operators keep more."""
+    """Of N x N numbers: probabilities with their signs, or bits; PyTorch's operators keep more."""
     take(way, monkeypatch)
     n, heads = 64, 2
     q, k, v = (torch.randn(n, heads, 8, requires_grad=True) for _ in range(3))
     saved = {}
-    keep = lambda t: saved.setdefault(t.data_ptr(), t) if t.numel() >= n * n else t  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t) if t.dtype != torch.int64 else t, lambda t: t):
+    keep = lambda t: saved.setdefault(t.data_ptr(), t) if t.numel() >= n * n / 8 else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         batch_attention(q, k, v, dropout_p=0.1)
     sizes = sorted(t.nbytes for t in saved.values())
-    scores = heads * n * n
-    assert sizes == ([] if way == "drawn again" else [4 * scores])
+    of_inputs, scores = [4 * n * heads * 8] * 3, heads * n * n
+    assert sizes == sorted([*of_inputs, scores // 8 if way == "computed again" else 4 * scores])
 
 
 @every_way

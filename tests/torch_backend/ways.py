@@ -7,7 +7,7 @@ from fastbf.torch_backend import attention
 _LIMITS = {
     "whole": {},
     "in pieces": {"CPU_PIECE": 20},
-    "drawn again": {"CPU_PIECE": 20, "KEPT_BYTES": 0},
+    "computed again": {"CPU_PIECE": 20, "KEPT_BYTES": 0},
 }
 every_way = pytest.mark.parametrize("way", _LIMITS)
 
