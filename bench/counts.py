@@ -128,7 +128,7 @@ def _as_on_a_gpu(counter: Counter) -> Iterator[None]:
         stack.enter_context(mock.patch.object(launch, "watched", return_value=False))
         stack.enter_context(mock.patch.dict(signatures._found, clear=True))
         stack.enter_context(mock.patch.dict(repeats.tapes, clear=True))
-        stack.enter_context(mock.patch.object(tape, "_is_second", return_value=False))
+        stack.enter_context(mock.patch.object(tape, "is_second", return_value=False))
         stack.enter_context(mock.patch.object(classifier, "product_into", counter.product_into))
         stack.enter_context(mock.patch.object(encoder_backward, "weight_gradient", counter.weight_gradient))
         stack.enter_context(mock.patch.object(backend, "_obstacle", return_value=None))
