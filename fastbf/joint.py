@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,6 +31,7 @@ from fastbf.torch_state import (
     no_autocast,
     release_saved,
     saves_itself,
+    unbatched,
     version,
     watched,
 )
@@ -124,15 +125,18 @@ def _differentiable(
                 f"operation after forward."
             )
         inputs[i] = t
-    # Views, because one input may be computed from another and only the direct dependence counts.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
     now = torch.default_generator.get_state()
-    if state is not None:
-        torch.default_generator.set_state(state)
     with torch.enable_grad():
-        with torch.autocast(grad.device.type, noted.autocast, enabled=noted.autocast is not None):
-            result = noted.formula(*inputs)[0]
-        torch.default_generator.set_state(now)
+        # Views, because one input may be computed from another and only the direct dependence counts.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        try:
+            if state is not None:
+                torch.default_generator.set_state(state)
+            autocast = torch.autocast(grad.device.type, noted.autocast, enabled=noted.autocast is not None)
+            with unbatched(grad), autocast:
+                result = noted.formula(*inputs)[0]
+        finally:
+            torch.default_generator.set_state(now)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs]
@@ -141,6 +145,8 @@ def _differentiable(
 def _noted(formula: Formula, tensors: Sequence[Tensor | None], again: Callable[..., Any]) -> Tape:
     """The tape of a formula's forward, which knows that of backward. The default generator stays where it is."""
     first: Any = tensors[0]
+    if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
+        raise Unrecordable("a subclass, whose operators may be others")
     autocast, state = autocast_dtype(first), torch.default_generator.get_state()
     forward, kept = Recorder(tensors, differentiated=True), _Kept()
     try:
@@ -153,30 +159,32 @@ def _noted(formula: Formula, tensors: Sequence[Tensor | None], again: Callable[.
         noted = _Noted(formula, len(results), None, (), (), draws, autocast)
         made = forward.tape([*results, *kept.tensors], None, again)
         if results[0].requires_grad:
-            backward, grads = _noted_backward(results[0], leaves, tensors, kept)
-            others = [i for i, t in enumerate(tensors) if t is not None and not backward.reads(i + 1)]
-            made_back = backward.tape(grads, None, None)
-            noted = noted._replace(backward=made_back, others=tuple(others), written=tuple(backward.written))
+            noted = _with_backward(noted, results[0], leaves, tensors, kept)
         return made._replace(of=noted)
     finally:
         torch.default_generator.set_state(state)
         kept.tensors.clear()  # which hooks of the graph refer to
 
 
-def _noted_backward(
-    result: Tensor, leaves: Sequence[Tensor | None], tensors: Sequence[Tensor | None], kept: _Kept
-) -> tuple[Recorder, list[Tensor | None]]:  # fmt: skip
-    """What noted how the leaves' gradients come from the result's, the inputs and what was kept; and these."""
+def _with_backward(
+    noted: _Noted, result: Tensor, leaves: Sequence[Tensor | None], tensors: Sequence[Tensor | None], kept: _Kept
+) -> _Noted:  # fmt: skip
+    """Notes how the gradients of leaves, which stand for tensors, come from that of the result."""
     grad = torch.zeros(result.shape, dtype=result.dtype)
     recorder = Recorder([grad, *tensors, *kept.tensors])
+    recorder.guards.clear()  # the tape is for what forward's kept
     recorder.paused = True
     total = _Given.apply(result, grad, recorder)
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     with recorder, no_autocast(result):
-        grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     if any(i <= len(tensors) for i in recorder.written):
         raise Unrecordable("a change of what is the caller's")
-    return recorder, [next(grads) if t is not None and t.requires_grad else None for t in leaves]
+    grads = [next(found) if t is not None and t.requires_grad else None for t in leaves]
+    others = tuple([i for i, t in enumerate(tensors) if t is not None and not recorder.reads(i + 1)])
+    return noted._replace(
+        backward=recorder.tape(grads, None, None), others=others, written=tuple(sorted(recorder.written))
+    )
 
 
 class _Kept:
@@ -186,23 +194,26 @@ class _Kept:
         self.tensors: list[Tensor | None] = []
         self.uses: list[int] = []
 
-    def pack(self, recorder: Recorder, t: Tensor) -> Tensor | int:
+    def pack(self, recorder: Recorder, t: Tensor) -> tuple[Any, int]:
+        """A tensor of the inputs or the index of another, and the tensor's version."""
         if recorder.is_of_input(t):
-            return t
+            return t, version(t)
         at = next((i for i, held in enumerate(self.tensors) if held is t), len(self.tensors))
         if at == len(self.tensors):
             self.tensors.append(t)
             self.uses.append(0)
         self.uses[at] += 1
-        return at
+        return at, version(t)
 
-    def unpack(self, packed: Any) -> Any:
-        if isinstance(packed, Tensor):
-            return packed
-        self.uses[packed] -= 1
-        t = self.tensors[packed]
-        if not self.uses[packed]:
-            self.tensors[packed] = None
+    def unpack(self, packed: tuple[Any, int]) -> Any:
+        held, before = packed
+        t: Any = held if isinstance(held, Tensor) else self.tensors[held]
+        if version(t) != before:
+            raise Unrecordable("a change of what backward reads, which autograd refuses")
+        if t is not held:
+            self.uses[held] -= 1
+            if not self.uses[held]:
+                self.tensors[held] = None
         return t
 
 

@@ -49,7 +49,7 @@ def forget() -> None:
 
 
 def is_second(what: What, geometry: Callable[[], What]) -> bool:
-    """Whether a call of ``what`` comes for the second time; later, whether one of this geometry of tensors does."""
+    """Whether a call of ``what`` comes for the second time, or later one of this geometry of tensors."""
     before = _count(what)
     return before == 1 if before < 2 else _count((*what, *geometry())) == 1
 

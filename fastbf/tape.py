@@ -149,6 +149,7 @@ class Recorder(DispatchMode):
         steps: the lines. What listens adds its own, of what :meth:`constant`, :meth:`read` and :meth:`pointer` return.
         failure: why no tape can be made; empty if one can.
         paused: whether operators go unnoted.
+        guards: conditions for the tape, in Python.
         written: which inputs an operator writes to.
     """
 
@@ -394,7 +395,7 @@ class Recorder(DispatchMode):
             if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({returned},)")
-        guards, body = " and ".join(self.guards), "\n    ".join(lines)
+        guards, body = " and ".join(self.guards) or "True", "\n    ".join(lines)
         source = f"def fits({', '.join(inputs)}):\n    return {guards}\n\n"
         source += f"def run(stream, {seed}, tensors):\n    {body}\n"
         scope: dict[str, Any] = dict(self.environment)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, overload
 
 import torch
@@ -26,6 +26,8 @@ _FUNCTORCH: Any = torch._C._functorch
 _AUTOGRAD: Any = torch._C._autograd
 _HOOKS, _HOOKS_ALLOWED = _AUTOGRAD._top_saved_tensors_default_hooks, _AUTOGRAD._saved_tensors_hooks_is_enabled
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+_BATCHED_BY_FUNC: Any = torch._C._parse_dispatch_key("FuncTorchBatched")
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 class DispatchMode(_python_dispatch.TorchDispatchMode):
@@ -205,8 +207,24 @@ def as_leaf(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x stands for a batch of tensors, as gradients do with ``is_grads_batched``. Public substitute: none."""
-    return torch._C._dispatch_keys(x).has(_BATCHED)
+    """Whether x stands for a batch of tensors, as gradients do with ``is_grads_batched`` and in ``torch.func.vmap``.
+
+    Public substitute: none.
+    """
+    keys = torch._C._dispatch_keys(x)
+    return keys.has(_BATCHED) or keys.has(_BATCHED_BY_FUNC)
+
+
+@contextmanager
+def unbatched(x: Tensor) -> Iterator[None]:
+    """A context in which operators know nothing of the batch that x may stand for. Public substitute: none."""
+    if not is_batched(x):
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_VMAP_MODE)):
+        yield
 
 
 def jit_traced() -> bool:

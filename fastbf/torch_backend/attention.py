@@ -87,11 +87,11 @@ class Call(NamedTuple):
         return Words(self.dropout.scores(shape, device, group, row), self.dropout.limit)
 
     def sign(self, weights: Tensor, words: Words | None, room: Tensor) -> Tensor:
-        """Makes dropped weights negative, in place, and ``room`` of their shape what is not positive there."""
+        """Makes dropped weights negative, in place; ``room`` is a scratch tensor of their shape."""
         return weights if words is None else weights.copysign_(room.copy_(words.values).sub_(words.limit))
 
     def weights(self, q: Tensor, k: Tensor, words: Words | None, out: Tensor, room: Tensor) -> Tensor:
-        """Writes the signed softmax(scale · q kᵀ) of a piece; ``room`` is as in :meth:`sign`."""
+        """Writes the signed softmax(scale · q kᵀ) of a piece; ``room`` is a scratch tensor."""
         scores = scaled_bmm(q, k.mT, self.scale, out=room)
         return self.sign(torch.softmax(scores, dim=-1, out=out), words, room)
 
@@ -157,29 +157,18 @@ def _scratch(count: int, x: Tensor, columns: int) -> Tensor:
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, keep: Keep) -> tuple[Tensor, Tensor | None]:
     """drop(softmax(scale · q kᵀ)) v, and what is kept. q (G, N, D), k and v (G, M, D)."""
-    shape, o = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape)
+    shape, o, decisions = (*q.shape[:2], k.shape[1]), q.new_empty(q.shape), []
     kept = q.new_empty(shape) if keep is Keep.WEIGHTS else None
-    if kept is not None and cut(shape, q.device) == shape[:2]:  # one piece
-        _forward(call, q, k, v, call.words(shape, q.device, 0, 0), kept, q.new_empty(shape), o)
-        return o, kept
-    scratch, decisions = _scratch(2 if kept is None else 1, q, k.shape[1]), []
+    scratch = _scratch(2 if kept is None else 1, q, k.shape[1])
     for group, row in pieces(shape, q.device):
-        q_piece = q[group, row]
+        q_piece, o_piece = q[group, row], o[group, row]
         room, *spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
         weights = spare[0] if kept is None else kept[group, row]
-        words = call.words(weights.shape, q.device, group.start, row.start)
-        _forward(call, q_piece, k[group], v[group], words, weights, room, o[group, row])
+        call.weights(q_piece, k[group], call.words(room.shape, q.device, group.start, row.start), weights, room)
+        scaled_bmm(torch.clamp_min(weights, 0, out=room), v[group], call.kept_scale(), out=o_piece)
         if keep is Keep.DECISIONS:
             decisions.append(bits.pack(weights > 0))
     return o, torch.cat(decisions) if decisions else kept
-
-
-def _forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, words: Words | None, weights: Tensor, room: Tensor, o: Tensor
-) -> None:  # fmt: skip
-    """Writes weights and o of a piece of the queries; k and v are those of its groups."""
-    call.weights(q, k, words, weights, room)
-    scaled_bmm(torch.clamp_min(weights, 0, out=room), v, call.kept_scale(), out=o)
 
 
 def backward(
@@ -189,43 +178,27 @@ def backward(
 
     ``do`` is the result's, and :func:`forward` returned ``kept``.
     """
-    q, k, v = qkv
-    shape = *q.shape[:2], k.shape[1]
+    (q, k, v), (dq, dk, dv), shape = qkv, grads, (*qkv[0].shape[:2], qkv[1].shape[1])
     signed = kept if kept is not None and kept.is_floating_point() else None
-    if signed is not None and cut(shape, q.device) == shape[:2]:  # one piece
-        _backward(call, do, qkv, signed, (q.new_empty(shape), q.new_empty(shape)), grads, 0.0)
-        return
     scratch = _scratch(3 if signed is None else 2, q, k.shape[1])
     again = repeat(None) if signed is not None else call.again(shape, q.device, kept)
     for (group, row), words in zip(pieces(shape, q.device), again, strict=False):
-        q_piece, k_group, v_group = q[group, row], k[group], v[group]
-        rooms = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
-        at = group, row
-        weights = call.weights(q_piece, k_group, words, rooms[2], rooms[0]) if signed is None else signed[at]
-        places = at, (group,), (group,)
-        of_piece = [None if t is None else t[place] for t, place in zip(grads, places, strict=True)]
+        at, q_piece, do_piece, k_group = (group, row), q[group, row], do[group, row], k[group]
+        ds, room, *spare = scratch[:, : q_piece.shape[0], : q_piece.shape[1]]
+        weights = call.weights(q_piece, k_group, words, spare[0], room) if signed is None else signed[at]
         add = float(row.start > 0)  # 1 adds to the sums over earlier rows of the group
-        _backward(call, do[at], (q_piece, k_group, v_group), weights, (rooms[0], rooms[1]), of_piece, add)
-
-
-def _backward(
-    call: Call, do: Tensor, qkv: Sequence[Tensor], weights: Tensor, rooms: Sequence[Tensor],
-    grads: Sequence[Tensor | None], add: float,
-) -> None:  # fmt: skip
-    """Writes the gradients of a piece's queries, and adds ``add`` times what is there to those of keys and values."""
-    (q, k, v), (dq, dk, dv), (ds, room) = qkv, grads, rooms
-    dropped = torch.clamp_min(weights, 0, out=room)
-    if dv is not None:
-        torch.baddbmm(dv, dropped.mT, do, beta=add, alpha=call.kept_scale(), out=dv)
-    if dq is None and dk is None:
-        return
-    scaled_bmm(do, v.mT, call.kept_scale(), out=ds).mul_(dropped)
-    # Softmax's gradient, p · dp - p · Σ p · dp. Of dropped weights dp is 0.
-    ds.addcmul_(torch.abs(weights, out=room), ds.sum(-1, keepdim=True), value=-1)
-    if dq is not None:
-        scaled_bmm(ds, k, call.scale, out=dq)
-    if dk is not None:
-        torch.baddbmm(dk, ds.mT, q, beta=add, alpha=call.scale, out=dk)
+        dropped = torch.clamp_min(weights, 0, out=room)
+        if dv is not None:
+            torch.baddbmm(dv[group], dropped.mT, do_piece, beta=add, alpha=call.kept_scale(), out=dv[group])
+        if dq is None and dk is None:
+            continue
+        scaled_bmm(do_piece, v[group].mT, call.kept_scale(), out=ds).mul_(dropped)
+        # Softmax's gradient, p · dp - p · Σ p · dp. Of dropped weights dp is 0.
+        ds.addcmul_(torch.abs(weights, out=room), ds.sum(-1, keepdim=True), value=-1)
+        if dq is not None:
+            scaled_bmm(ds, k_group, call.scale, out=dq[at])
+        if dk is not None:
+            torch.baddbmm(dk[group], ds.mT, q_piece, beta=add, alpha=call.scale, out=dk[group])
 
 
 class _Attention(Function):

@@ -30,7 +30,7 @@ def encoder_layer(
 ) -> Tensor:  # fmt: skip
     """An encoder layer or a fork; arguments as in :func:`fastbf.functional.encoder_layer`.
 
-    Tapes of the call are for calls of ``what``, and :func:`again` makes them by these. It has neither seed nor batch.
+    Tapes of the call are for calls of ``what``, without seed or batch, and :func:`again` makes them by these.
     """
     formula = partial(_formula, options, forked, plain is not None, seed, batch)
     return joint.call(formula, what, (x, None if plain is x else plain, *weights), again)[0]
