@@ -137,6 +137,7 @@ class Step(NamedTuple):
 
     code: str
     makes: tuple[str, ...] = ()
+    into: tuple[tuple[str, str], ...] = ()  #: names in whose memory the result may be, and the line that puts it there
 
 
 _NAME = re.compile(r"\b(?:p_)?([xt]\d+)\b")
@@ -174,6 +175,7 @@ class Recorder(DispatchMode):
         self.draws: bool = seed is not None
         self.written: set[int] = set()
         self.bases: dict[int, list[_Base]] = {}  # by where their storage begins
+        self.shared: set[str] = set()  # those whose memory has other names, too
         for name, t in (*zip(self.inputs, inputs, strict=True), (self.seed, seed)):
             if t is not None:
                 self._own(_Base.of(t, name), t)
@@ -209,9 +211,13 @@ class Recorder(DispatchMode):
         return f"t{self.count}"
 
     def _name(self, t: Tensor) -> str:
-        base = _Base.of(t, self._new())
+        base, place = _Base.of(t, self._new()), t.untyped_storage().data_ptr()
+        before = [b.name for b in self.bases.get(place, [])]
+        alive = {b.name for b, _, _ in self.owners.values()}
+        if not alive.isdisjoint(before):  # the operator returns its argument's memory
+            self.shared.update(before, [base.name])
         self._own(base, t)
-        self.bases[t.untyped_storage().data_ptr()] = [base]
+        self.bases[place] = [base]
         return base.name
 
     def _own(self, base: _Base, t: Tensor) -> None:
@@ -319,7 +325,8 @@ class Recorder(DispatchMode):
             self.steps.append(Step(code))
         elif isinstance(result, Tensor):
             name = self._name(result)
-            self.steps.append(Step(f"{name} = {code}", (name,)))
+            into = self._into(func, args, name, result) if not kwargs else ()
+            self.steps.append(Step(f"{name} = {code}", (name,), tuple(into)))
         elif isinstance(result, tuple) and all(isinstance(t, Tensor | None) for t in result):
             names = ["_" if t is None else self._name(t) for t in result]
             self.steps.append(Step(f"{', '.join(names)} = {code}", tuple(names)))
@@ -349,6 +356,17 @@ class Recorder(DispatchMode):
         if isinstance(a, list | tuple) and any(isinstance(item, Tensor) for item in a):
             return f"[{', '.join(map(self._argument, a))}]"
         return repr(a) if isinstance(a, int | None) else self.constant(a)
+
+    def _into(self, func: Operator, args: tuple[Any, ...], name: str, result: Tensor) -> Iterator[tuple[str, str]]:
+        """For each operand whose memory the result fits into: its name and the line that writes there."""
+        if func not in _IN_PLACE or not all(isinstance(a, Tensor) for a in args):
+            return
+        for a, b in (args, args[::-1]):  # the order does not matter to these operators
+            base = self._owner(a)
+            if (a.shape, a.stride(), a.dtype) != (result.shape, result.stride(), result.dtype):
+                continue
+            if self._is_whole(a) and base.name not in {*self.inputs, *self.shared} and self._owner(b).name != base.name:
+                yield base.name, f"{name} = {self._once(_IN_PLACE[func])}({base.name}, {self.read(b)})"
 
     def _may_allocate(self, func: Operator, args: tuple[Any, ...], out: Tensor) -> bool:
         """Whether an operator may allocate what it writes to: nothing has seen that yet, and it is whole."""
@@ -390,7 +408,8 @@ class Recorder(DispatchMode):
         last = {name: i for i, step in enumerate(steps) for name in _names(step.code)}
         kept = {*_names(returned), seed, *([] if self.frees else inputs)}
         for i, step in enumerate(steps):
-            lines.append(step.code)
+            free = (line for name, line in step.into if all(last[n] <= i and n not in kept for n in self._all(name)))
+            lines.append(next(free, step.code))
             lines += [f"p_{name} = {name}.data_ptr()" for name in step.makes if name in addressed]
             if dead := sorted(name for name, at in last.items() if at == i and name not in kept):
                 lines.append(f"del {', '.join(dead)}")
@@ -401,6 +420,11 @@ class Recorder(DispatchMode):
         scope: dict[str, Any] = dict(self.environment)
         exec(compile(source, "<fastbf tape>", "exec"), scope)
         return Tape(scope["fits"], scope["run"], self.draws, self.dtypes, of, again, source)
+
+    def _all(self, name: str) -> Iterator[str]:
+        """The names of a tensor's memory: its own and its views'."""
+        yield name
+        yield from (view for key, view in self.views.items() if key[0] == name)
 
     def reads(self, i: int) -> bool:
         """Whether anything reads the i-th input."""
@@ -474,5 +498,7 @@ _CALLS: dict[Operator, Callable[..., Any]] = {
     CAST: Tensor.to,
     COPY_ALL: copy_all,
 }
+#: Operators of two tensors that may write into either.
+_IN_PLACE: dict[Operator, Callable[..., Any]] = {aten.add.Tensor: Tensor.add_, aten.mul.Tensor: Tensor.mul_}
 _WITH_DTYPE = (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out)
 _INTO = (aten.mm.out, aten.addmm.out, aten.sum.IntList_out)  # which allocate what they are not given
