@@ -26,6 +26,7 @@ from fastbf.repeats import Tape, What, hold
 from fastbf.tape import Recorder, Unrecordable
 from fastbf.torch_state import (
     autocast_dtype,
+    count_onednn,
     donated,
     is_batched,
     no_autocast,
@@ -63,7 +64,7 @@ def call(formula: Formula, what: What | None, tensors: Sequence[Tensor | None], 
     """
     first: Any = tensors[0]
     if what is not None and first.is_cpu and saves_itself() and not watched() and tape.is_second(what, tensors):
-        with suppress(Unrecordable):
+        with suppress(Exception):  # the call as written raises its own
             hold(what, _noted(formula, tensors, again))
     return formula(*tensors)
 
@@ -109,6 +110,7 @@ class _Played(Function):
             for i in noted.written:
                 inputs[i] = inputs[i].clone()
         release_saved(ctx)
+        count_onednn()
         return None, *tape.play(None, inputs, None, noted.backward)
 
 
@@ -143,26 +145,25 @@ def _differentiable(
 
 
 def _noted(formula: Formula, tensors: Sequence[Tensor | None], again: Callable[..., Any]) -> Tape:
-    """The tape of a formula's forward, which knows that of backward. The default generator stays where it is."""
+    """The tape of a formula's forward, which knows that of backward. Nothing is drawn."""
     first: Any = tensors[0]
     if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
         raise Unrecordable("a subclass, whose operators may be others")
-    autocast, state = autocast_dtype(first), torch.default_generator.get_state()
-    forward, kept = Recorder(tensors, differentiated=True), _Kept()
+    autocast, forward, kept = autocast_dtype(first), Recorder(tensors, differentiated=True), _Kept()
     try:
         # Autocast must not keep what it casts, which is not the caller's.
         uncached = torch.autocast(first.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
         with uncached, forward, saved_tensors_hooks(partial(kept.pack, forward), kept.unpack):
             leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
             results = formula(*leaves)
-        draws = bool((state != torch.default_generator.get_state()).any())
-        noted = _Noted(formula, len(results), None, (), (), draws, autocast)
+        if any(t is not None and forward.overlap(result, t) for result in results for t in kept.tensors):
+            raise Unrecordable("a result whose changes autograd would not notice")
+        noted = _Noted(formula, len(results), None, (), (), forward.drew, autocast)
         made = forward.tape([*results, *kept.tensors], None, again)
         if results[0].requires_grad:
             noted = _with_backward(noted, results[0], leaves, tensors, kept)
         return made._replace(of=noted)
     finally:
-        torch.default_generator.set_state(state)
         kept.tensors.clear()  # which hooks of the graph refer to
 
 
@@ -170,7 +171,7 @@ def _with_backward(
     noted: _Noted, result: Tensor, leaves: Sequence[Tensor | None], tensors: Sequence[Tensor | None], kept: _Kept
 ) -> _Noted:  # fmt: skip
     """Notes how the gradients of leaves, which stand for tensors, come from that of the result."""
-    grad = torch.zeros(result.shape, dtype=result.dtype)
+    grad = result.detach().new_zeros(result.shape)
     recorder = Recorder([grad, *tensors, *kept.tensors])
     recorder.guards.clear()  # the tape is for what forward's kept
     recorder.paused = True
@@ -178,10 +179,10 @@ def _with_backward(
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     with recorder, no_autocast(result):
         found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
-    if any(i <= len(tensors) for i in recorder.written):
-        raise Unrecordable("a change of what is the caller's")
+    if any(i <= len(tensors) or not recorder.is_alone(i) for i in recorder.written):
+        raise Unrecordable("a change of what is the caller's, or of what has another name")
     grads = [next(found) if t is not None and t.requires_grad else None for t in leaves]
-    others = tuple([i for i, t in enumerate(tensors) if t is not None and not recorder.reads(i + 1)])
+    others = tuple([i for i, t in enumerate(tensors) if t is not None and not recorder.reads(i + 1, grads)])
     return noted._replace(
         backward=recorder.tape(grads, None, None), others=others, written=tuple(sorted(recorder.written))
     )

@@ -33,7 +33,6 @@ from fastbf.torch_state import (
     autocasts,
     copy_all,
     device_type,
-    modes,
     no_autocast,
     overwritten,
     viewer,
@@ -150,6 +149,7 @@ class Recorder(DispatchMode):
         steps: the lines. What listens adds its own, of what :meth:`constant`, :meth:`read` and :meth:`pointer` return.
         failure: why no tape can be made; empty if one can.
         paused: whether operators go unnoted.
+        drew: whether numbers were drawn. If ``differentiated``, they are not, and memory has any values.
         guards: conditions for the tape, in Python.
         written: which inputs an operator writes to.
     """
@@ -157,7 +157,7 @@ class Recorder(DispatchMode):
     def __init__(
         self, inputs: Sequence[Tensor | None], seed: Tensor | None = None, differentiated: bool = False
     ) -> None:  # fmt: skip
-        """``differentiated``: whether the tape depends on which inputs require gradients."""
+        """``differentiated``: whether the tape depends on which inputs require gradients, and results do not matter."""
         super().__init__()
         self.environment: dict[str, object] = {}
         self.steps: list[Step | None] = []
@@ -173,6 +173,7 @@ class Recorder(DispatchMode):
         self.frees: bool = isinstance(inputs, list)
         self.seed: str = f"x{len(inputs)}"
         self.draws: bool = seed is not None
+        self.differentiated, self.drew = differentiated, False
         self.written: set[int] = set()
         self.bases: dict[int, list[_Base]] = {}  # by where their storage begins
         self.shared: set[str] = set()  # those whose memory has other names, too
@@ -186,7 +187,14 @@ class Recorder(DispatchMode):
         self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        self.drew |= random
+        if self.differentiated and random:
+            if func is not _RANDOM:
+                raise Unrecordable("numbers that are drawn otherwise")
+            result = args[0]
+        else:
+            result = func(*args, **kwargs)
         if not self.paused and not self.failure:
             try:
                 self._note(func, args, kwargs, result)
@@ -233,11 +241,18 @@ class Recorder(DispatchMode):
         return base
 
     def _aliased(self, t: Tensor) -> _Base:
-        """The base of a tensor that no operator made: autograd's own alias of what it saved."""
+        """The base of a tensor that no operator made, the only one whose memory holds its.
+
+        Autograd returns what it saved as a tensor of its own.
+        """
         bases = self.bases.get(t.untyped_storage().data_ptr(), []) if t.numel() else []
-        same = [b for b in bases if (b.shape, b.stride, b.address) == (tuple(t.shape), t.stride(), t.data_ptr())]
-        if len(bases) == 1 or same:
-            return (same or bases)[0]
+        (begin, end), places = _place(t.shape, t.stride(), t.dtype, t.data_ptr()), []
+        for base in bases:
+            first, last = _place(base.shape, base.stride, base.dtype, base.address)
+            if begin < last and first < end:
+                places.append((base, first <= begin and end <= last))
+        if len(places) == 1 and places[0][1]:
+            return places[0][0]
         raise Unrecordable("a tensor that is neither an input nor made here")
 
     def is_of_input(self, t: Tensor) -> bool:
@@ -426,9 +441,20 @@ class Recorder(DispatchMode):
         yield name
         yield from (view for key, view in self.views.items() if key[0] == name)
 
-    def reads(self, i: int) -> bool:
-        """Whether anything reads the i-th input."""
-        return any(step is not None and self.inputs[i] in _names(step.code) for step in self.steps)
+    def reads(self, i: int, results: Results) -> bool:
+        """Whether an operator reads the i-th input, or a result is one or a part of it."""
+        name = self.inputs[i]
+        if any(step is not None and name in _names(step.code) for step in self.steps):
+            return True
+        return any(t is not None and self._owner(t).name == name for t in results)
+
+    def is_alone(self, i: int) -> bool:
+        """Whether the i-th input shares its storage with no other one."""
+        return all(len(bases) == 1 for bases in self.bases.values() if self.inputs[i] in [b.name for b in bases])
+
+    def overlap(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors that are there have memory in common, as parts of one."""
+        return a is not b and self._owner(a).name == self._owner(b).name
 
     def _guards(self, inputs: Sequence[Tensor | None], differentiated: bool) -> Iterator[str]:
         """Conditions for tensors of the geometry that was noted, whatever they are."""
@@ -451,15 +477,17 @@ class Recorder(DispatchMode):
             yield f"{self._once(torch.backends.mkldnn)}.enabled"
 
 
-def counted() -> bool:
-    """Whether a mode that is no recorder sees every operator of this thread, as a counter of FLOPs does."""
-    return watched() and not all(isinstance(mode, Recorder) for mode in modes())
+def _place(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, address: int) -> tuple[int, int]:
+    """Where a tensor that has elements begins and ends in memory."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return address, address + (last + 1) * dtype.itemsize
 
 
 def _names(code: str) -> set[str]:
     return {m[1] for m in _NAME.finditer(code)}
 
 
+_RANDOM: Operator = getattr(aten.random_, "from")
 #: Quicker ways to call operators than by their overloads.
 _CALLS: dict[Operator, Callable[..., Any]] = {
     aten.mm.default: torch.mm,
@@ -488,7 +516,7 @@ _CALLS: dict[Operator, Callable[..., Any]] = {
     aten.clone.default: torch.clone,
     aten.full.default: torch.full,
     aten.ones_like.default: torch.ones_like,
-    getattr(aten.random_, "from"): Tensor.random_,
+    _RANDOM: Tensor.random_,
     aten.softmax.int_out: torch.softmax,
     aten.view.dtype: Tensor.view,
     aten.native_layer_norm.default: torch.native_layer_norm,

@@ -7,6 +7,7 @@ substitute. Their tests pass with torch 2.10.0, 2.13.0 and 2.14.1; releases 2.11
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -313,7 +314,23 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Public substitute: ``F.linear``, by the library that torch prefers.
     """
+    count_onednn()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def count_onednn() -> None:
+    """Lets the counters of FLOPs that are active in this thread know :func:`onednn_linear`, if there are any."""
+    if watched() and any(hasattr(mode, "counter") for mode in modes()):
+        from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+        product = torch.ops.mkldnn._linear_pointwise
+        if product not in flop_registry:
+
+            @register_flop_formula(product)
+            def of_product(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+                return 2 * math.prod(x) * weight[0]
+
+        add_flop_formulas({product: flop_registry[product]})
 
 
 def process_group(name: str) -> dist.ProcessGroup:

@@ -207,3 +207,85 @@ def test_hooks_on_saved_tensors_see_the_same_ones_at_every_call():
             former(x).sum().backward()
         counts.append(seen)
     assert all(seen == counts[0] for seen in counts)
+
+
+def test_inputs_that_share_memory_have_no_tape():
+    """They may be others the next time."""
+    z, bank, target = torch.randn(3, 8), torch.randn(3, 8), torch.arange(3)
+
+    def gradient(keys):
+        q = z.clone().requires_grad_()
+        loss = functional.linear_cross_entropy(q, q.detach() if keys is None else keys, target)
+        return torch.autograd.grad(loss, q)[0]
+
+    expected = gradient(bank), gradient(None)
+    repeats.forget()
+    for keys in (None, None, bank, bank, bank, None):
+        assert torch.equal(gradient(keys), expected[keys is None])
+
+
+def test_parameters_in_one_storage_have_tapes(plays):
+    step = Step("torch")
+    for module in (step.former, step.classifier):
+        parameters = [*module.parameters()]
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view(p.shape)
+    for _ in range(3):
+        step()
+    assert plays["by a tape"] == 4
+
+
+def test_noting_leaves_the_generator_to_others():
+    """Other threads draw from it meanwhile, and its state must not go back."""
+    states, other = [], torch.Generator().manual_seed(5).get_state()
+
+    def formula(*tensors):
+        states.append(torch.get_rng_state())
+        results = dropped(*tensors)
+        states.append(torch.get_rng_state())
+        if len(states) == 4:  # that which is noted
+            torch.set_rng_state(other)
+        return results
+
+    for _ in range(3):
+        call(formula, *tensors())
+    assert len(states) == 6
+    assert torch.equal(states[3], states[2])
+    assert torch.equal(states[4], other)
+
+
+def test_another_default_device():
+    step = Step("torch")
+    for _ in range(4):
+        with torch.device("meta"):
+            loss = step.loss()
+        assert loss.device.type == "cpu"
+
+
+def test_results_that_view_what_is_saved_have_no_tape():
+    """Autograd would not notice that they were changed."""
+    for _ in range(4):
+        (y,) = call(lambda x: (torch.tanh(x).view(-1),), tensors()[0])
+        y.data_ptr()
+        with torch.no_grad():
+            y.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_a_gradient_that_is_an_input():
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(w)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.saved_tensors[0], None
+
+    for _ in range(4):
+        x, w, _ = tensors()
+        (y,) = call(lambda x, w: (Scaled.apply(x, w),), x, w[:4])
+        assert torch.equal(*torch.autograd.grad(y.sum(), x), w[:4])

@@ -19,7 +19,6 @@ from torch.autograd import Function
 
 from fastbf.autograd import Gradients, applying
 from fastbf.environment import cpu_name
-from fastbf.tape import counted
 from fastbf.torch_state import has_onednn_linear, onednn_linear, traced
 
 # oneDNN is quicker for products of this many multiplications or more. What the host needs included,
@@ -50,7 +49,6 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and not counted()  # FLOPs, where no operator of oneDNN is known
         and _suits_onednn()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
