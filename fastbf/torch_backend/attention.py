@@ -88,7 +88,11 @@ class Call(NamedTuple):
 
     def sign(self, weights: Tensor, words: Words | None, room: Tensor) -> Tensor:
         """Makes dropped weights negative, in place; ``room`` is a scratch tensor of their shape."""
-        return weights if words is None else weights.copysign_(room.copy_(words.values).sub_(words.limit))
+        if words is None:
+            return weights
+        room.copy_(words.values)
+        # A whole number has the sign of what exceeds -1/2 or not.
+        return weights.copysign_(room if words.limit == -0.5 else room.sub_(words.limit))
 
     def weights(self, q: Tensor, k: Tensor, words: Words | None, out: Tensor, room: Tensor) -> Tensor:
         """Writes the signed softmax(scale · q kᵀ) of a piece; ``room`` is a scratch tensor."""
@@ -225,7 +229,7 @@ class _Attention(Function):
         with no_autocast(do):
             inputs = [t.to(compute_dtype(t.dtype)) for t in qkv]
             grads = [t.new_empty(t.shape) if n else None for t, n in zip(inputs, ctx.needs_input_grad[2:], strict=True)]
-            backward(ctx.call, do.to(inputs[0].dtype).contiguous(), _each(inputs), kept, _each(grads))
+            backward(ctx.call, do.to(inputs[0].dtype), _each(inputs), kept, _each(grads))
         return None, None, *grads
 
 
