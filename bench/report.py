@@ -30,8 +30,8 @@ def make(paths: Iterable[Path], pages: Sequence[Path], folder: Path) -> list[Pat
     """Fills the pages' marked blocks and draws the pictures; returns what was written.
 
     A block stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is step, loss or another op,
-    memory, host, pictures, or a key of ``FALLBACK``. What was not measured is not mentioned. Pages are UTF-8 whatever
-    the locale says.
+    latest, memory, host, pictures, or a key of ``FALLBACK``. What was not measured is not mentioned. Pages are UTF-8
+    whatever the locale says.
     """
     rows = [r for r in read(paths) if "op" in r]  # tuning has other columns
     drawn = pictures.draw([r for r in rows if _ordinary(r)], folder)
@@ -88,9 +88,21 @@ def _block(name: str, rows: list[Row], drawn: list[str]) -> str:
     if name in FALLBACK:
         return _by_machine([r for r in rows if _of_fallback(r, name)], _fallback) or "Not measured yet."
     rows = [r for r in rows if _headline(r)]
+    if name == "latest":
+        return _on_every_device(_latest([r for r in rows if r["op"] == "step" and r["p50_ms"] is not None]), _times)
     if name == "memory":
         return _on_every_device([r for r in rows if r["op"] == "step" and r["peak_mib"] is not None], _memory)
     return _on_every_device([r for r in rows if r["op"] == name and r["p50_ms"] is not None], _times)
+
+
+def _latest(rows: list[Row]) -> list[Row]:
+    """Those of one machine of each type, that which was measured last."""
+
+    def key(r: Row) -> tuple[object, ...]:
+        return r["date"], r["device"]
+
+    last = {r["device_type"]: key(r) for r in sorted(rows, key=key)}
+    return [r for r in rows if key(r) == last[r["device_type"]]]
 
 
 def _on_every_device(rows: list[Row], table: Table) -> str:

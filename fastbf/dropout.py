@@ -161,7 +161,8 @@ class Dropout:
     def _drawn(self, shape: Sequence[int], device: torch.device) -> Tensor:
         count = math.prod(shape)
         if self.reserved is not None and len(self.reserved) >= count:
-            words, self.reserved = self.reserved.split((count, len(self.reserved) - count))
+            words, rest = self.reserved.split((count, len(self.reserved) - count))
+            self.reserved = rest if len(rest) else None  # which frees memory
             return words.view(shape)
         # Generators are quickest at 64-bit numbers, which hold several words each. At p = 0.5 a byte is a word.
         kind, each = (torch.int8, 8) if self.threshold == _HALF else (torch.int16, 4)

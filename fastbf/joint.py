@@ -106,7 +106,9 @@ class _Played(Function):
             return None, *_differentiable(ctx, grad, tensors, needs[1:])
         inputs = [grad.contiguous(), *tensors]
         del tensors
-        if noted.written and not donated(grad):
+        if donated(grad):
+            ctx.state, ctx.others = None, {}
+        else:
             for i in noted.written:
                 inputs[i] = inputs[i].clone()
         release_saved(ctx)

@@ -173,7 +173,8 @@ class Recorder(DispatchMode):
         self.frees: bool = isinstance(inputs, list)
         self.seed: str = f"x{len(inputs)}"
         self.draws: bool = seed is not None
-        self.differentiated, self.drew = differentiated, False
+        self.differentiated: bool = differentiated
+        self.drew: bool = False
         self.written: set[int] = set()
         self.bases: dict[int, list[_Base]] = {}  # by where their storage begins
         self.shared: set[str] = set()  # those whose memory has other names, too

@@ -189,6 +189,20 @@ class TestReport:
         for name, largest in {"speed": 9, "share": 50, "memory": 100}.items():
             assert all(low == 0 and high > largest for low, high in limits[name]), (name, limits[name])
 
+    def test_the_latest_machine(self, tmp_path):
+        path, paths = tmp_path / "rows.csv", []
+        self.rows(path)
+        for name, date in (("a later machine", "2026-02-01"), ("z machine", "2026-01-31")):
+            made = re.sub(r"\d{4}-\d\d-\d\d", date, path.read_text(encoding="utf-8")).replace("a machine", name)
+            paths.append(tmp_path / f"{date}.csv")
+            paths[-1].write_text(made, encoding="utf-8")
+        readme = tmp_path / "README.md"
+        readme.write_text(README.replace("bench:step", "bench:latest"), encoding="utf-8")
+        report.make(paths, [readme], tmp_path)
+        text = readme.read_text(encoding="utf-8")
+        assert "a later machine, torch" in text
+        assert "z machine, torch" not in text
+
     def test_docs_without_a_measurement(self, tmp_path):
         """As they are before anything is measured; the project's own have every block."""
         docs = tmp_path / "docs.md"
@@ -196,7 +210,7 @@ class TestReport:
         report.make([], [docs], tmp_path)
         assert docs.read_text(encoding="utf-8").count("Not measured yet.") == len(report.FALLBACK)
         own = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/benchmarks.md"))
-        blocks = ["step", "pictures", "memory", "loss", "host", *report.FALLBACK]
+        blocks = ["latest", "pictures", "memory", "loss", "host", *report.FALLBACK]
         assert sorted(re.findall(r"<!-- bench:(\w+) -->", own)) == sorted(blocks)
 
     def test_files_without_a_column_for_busy_processes(self, tmp_path):
