@@ -2,7 +2,8 @@
 
 A formula is a function of tensors in PyTorch's operators, and autograd differentiates it. When it comes for the second
 time, it is noted beside the call: forward first, then what autograd does backward. From the third call on one autograd
-Function runs both tapes, and autograd records that alone. Results and gradients are the same to the last bit.
+Function runs both tapes, and autograd records that alone. Results and gradients are the same to the last bit. Noting
+costs as much as another step. A large call is noted when it comes for the ninth time, as it gains less.
 
 The tapes are for calls that draw from the default generator, or not at all. A second derivative, or a batch of
 gradients, runs the formula again, from the generator's state at its start.
@@ -37,6 +38,8 @@ from fastbf.torch_state import (
     watched,
 )
 
+#: Up to this many elements of the first tensor, steps that run from tapes gain 5 % or more (docs/backends.md).
+SMALL = 1 << 17
 #: Of tensors or None; the first result is differentiated.
 Formula = Callable[..., tuple[Tensor, ...]]
 
@@ -63,9 +66,11 @@ def call(formula: Formula, what: What | None, tensors: Sequence[Tensor | None], 
         again: makes a call that a tape fits (``fastbf.repeats.Tape``).
     """
     first: Any = tensors[0]
-    if what is not None and first.is_cpu and saves_itself() and not watched() and tape.is_second(what, tensors):
-        with suppress(Exception):  # the call as written raises its own
-            hold(what, _noted(formula, tensors, again))
+    if what is not None and first.is_cpu and saves_itself() and not watched():
+        nth = 2 if first.numel() <= SMALL else 9
+        if tape.is_second(what, tensors, nth=nth):
+            with suppress(Exception):  # the call as written raises its own
+                hold(what, _noted(formula, tensors, again))
     return formula(*tensors)
 
 

@@ -48,10 +48,10 @@ def forget() -> None:
         _seen.clear()
 
 
-def is_second(what: What, geometry: Callable[[], What]) -> bool:
-    """Whether a call of ``what`` comes for the second time, or later one of this geometry of tensors."""
+def is_second(what: What, geometry: Callable[[], What], nth: int = 2) -> bool:
+    """Whether a call of ``what`` comes for the n-th time, or later one of this geometry of tensors for the second."""
     before = _count(what)
-    return before == 1 if before < 2 else _count((*what, *geometry())) == 1
+    return before == nth - 1 if before < nth else _count((*what, *geometry())) == 1
 
 
 def _count(signature: What) -> int:

@@ -92,17 +92,18 @@ def noting(
 
 
 def is_second(
-    what: What, tensors: Sequence[Tensor | None], stream_for: Callable[[torch.device], int | None] | None = None
+    what: What, tensors: Sequence[Tensor | None], stream_for: Callable[[torch.device], int | None] | None = None,
+    nth: int = 2,
 ) -> bool:  # fmt: skip
     """Whether the call comes for the second time, and is one that a tape may hold. A size that comes once costs little.
 
-    Arguments as in :func:`noting`.
+    Arguments as in :func:`noting`; ``nth`` may ask for a later time.
     """
     first: Any = tensors[0]
     given = [t for t in tensors if t is not None]
     if stream_for is not None and stream_for(first.device) is None:
         return False
-    if not repeats.is_second(what, lambda: (first.device, _matmul.fp32_precision, *map(_geometry, tensors))):
+    if not repeats.is_second(what, lambda: (first.device, _matmul.fp32_precision, *map(_geometry, tensors)), nth):
         return False
     aligned = stream_for is None or not any(t.data_ptr() % 16 for t in given)  # as kernels that were noted may assume
     return aligned and len({id(t) for t in given}) == len(given)

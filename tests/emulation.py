@@ -48,7 +48,7 @@ def as_on_gpu(shared_memory: int, processors: int, capability: tuple[int, int], 
         stack.enter_context(patch.dict(launch._compiled, clear=True))
         stack.enter_context(patch.dict(signatures._found, clear=True))
         stack.enter_context(patch.dict(repeats.tapes, clear=True))
-        stack.enter_context(patch.object(tape, "is_second", lambda *_: False))  # each launch is made as written
+        stack.enter_context(patch.object(tape, "is_second", lambda *_, **__: False))  # each launch is made as written
         if tf32:
             allowed = {"PRECISION": "tf32"}
             stack.enter_context(patch.object(attention, "_constants", lambda *x: {**constants(*x), **allowed}))

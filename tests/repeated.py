@@ -50,7 +50,7 @@ def assert_as_written(step):
     with pytest.MonkeyPatch.context() as patch:
         for module in (repeats, tape):
             patch.setattr(module, "find", lambda *_: None)
-        patch.setattr(tape, "is_second", lambda *_: False)
+        patch.setattr(tape, "is_second", lambda *_, **__: False)
         expected = step()
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):

@@ -126,6 +126,15 @@ def test_noting_leaves_no_trace():
     assert not [ref for ref in seen if ref() is not None]
 
 
+def test_large_calls_are_noted_later(monkeypatch):
+    """Sizes that come a few times each must not pay for another step."""
+    monkeypatch.setattr(joint, "SMALL", 15)
+    for i in range(1, 12):
+        y, _ = call(dropped, *tensors())
+        assert len(repeats.tapes) == (i >= 9)
+        assert ("_Played" in type(y.grad_fn).__name__) == (i > 9)
+
+
 def test_which_inputs_require_gradients_tells_tapes_apart():
     for needs in ((True, True, True), (False, True, False), (False, False, True), (False, False, False)) * 3:
         inputs = [t.requires_grad_(need) for t, need in zip(tensors(), needs, strict=True)]
