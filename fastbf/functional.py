@@ -488,10 +488,11 @@ def linear_cross_entropy(
     settings = scale, reduction, ignore_index, label_smoothing, stats
     tensors = input, linear_weight, linear_bias, logit_bias, target, weight
     kinds = type(scale), type(ignore_index), type(label_smoothing), type(stats)
+    ignored: Any = -100 if ignore_index is None else ignore_index
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
-        checks.index_range(target, linear_weight.shape[0], -100 if ignore_index is None else ignore_index)
+        checks.index_range(target, linear_weight.shape[0], ignored)
         try:
             made, of_streams = tape.again(tape, tensors)
             return (made, LossStats(*of_streams)) if stats else made
@@ -502,7 +503,7 @@ def linear_cross_entropy(
     if known is None:
         checks.classifier(input, linear_weight, linear_bias, weight, logit_bias)
         scale = checks.finite("scale", scale)
-        ignore_index = checks.integer("ignore_index", -100 if ignore_index is None else ignore_index)
+        ignore_index = checks.integer("ignore_index", ignored)
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         label_smoothing = checks.probability("label_smoothing", label_smoothing)
         rows, num_classes = tuple(input.shape[:-1]), linear_weight.shape[0]

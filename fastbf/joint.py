@@ -3,7 +3,8 @@
 A formula is a function of tensors in PyTorch's operators, and autograd differentiates it. When it comes for the second
 time, it is noted beside the call: forward first, then what autograd does backward. From the third call on one autograd
 Function runs both tapes, and autograd records that alone. Results and gradients are the same to the last bit. Noting
-costs as much as another step. A large call is noted when it comes for the ninth time, as it gains less.
+costs as much as another step. A large call is noted when it comes for the ninth time, so that sizes that come a few
+times do not pay it.
 
 The tapes are for calls that draw from the default generator, or not at all. A second derivative, or a batch of
 gradients, runs the formula again, from the generator's state at its start.
@@ -23,8 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastbf import tape
 from fastbf.autograd import Gradients, applying
+from fastbf.recorder import Recorder, Unrecordable
 from fastbf.repeats import Tape, What, hold
-from fastbf.tape import Recorder, Unrecordable
 from fastbf.torch_state import (
     autocast_dtype,
     count_onednn,
@@ -38,7 +39,7 @@ from fastbf.torch_state import (
     watched,
 )
 
-#: Up to this many elements of the first tensor, steps that run from tapes gain 5 % or more (docs/backends.md).
+#: Up to this many elements of the first tensor a call is small; docs/backends.md has what tapes gain.
 SMALL = 1 << 17
 #: Of tensors or None; the first result is differentiated.
 Formula = Callable[..., tuple[Tensor, ...]]

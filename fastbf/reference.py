@@ -118,27 +118,12 @@ def encoder_layer(
     masks: LayerMasks = LayerMasks(),  # noqa: B008 (immutable)
 ) -> Tensor:
     """A whole encoder layer along the first dimension (docs/design.md, the mathematics). x (N, …, C) → (N, …, C)."""
-    w = weights
-    n = attention_input(x, weights, norm_first=norm_first, eps=eps)
-    q, k, v = split_qkv(F.linear(n, w.in_proj_weight, w.in_proj_bias), num_heads)
-    o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
-    return after_attention(
-        x, o.flatten(-2), weights, activation=activation, norm_first=norm_first, eps=eps, masks=masks
-    )
-
-
-def attention_input(x: Tensor, weights: LayerWeights, *, norm_first: bool, eps: float) -> Tensor:
-    """What q, k and v are computed from, x (N, …, C) or its norm."""
-    return F.layer_norm(x, (x.shape[-1],), weights.norm1_weight, weights.norm1_bias, eps) if norm_first else x
-
-
-def after_attention(
-    x: Tensor, o: Tensor, weights: LayerWeights, *, activation: str, norm_first: bool, eps: float, masks: LayerMasks
-) -> Tensor:  # fmt: skip
-    """The layer's result (N, …, C), given its input x and attention's result o, both (N, …, C)."""
     w, channels = weights, (x.shape[-1],)
     norm1, norm2 = (w.norm1_weight, w.norm1_bias, eps), (w.norm2_weight, w.norm2_bias, eps)
-    s1 = x + _drop(F.linear(o, w.out_proj_weight, w.out_proj_bias), masks.attention_output)
+    n = F.layer_norm(x, channels, *norm1) if norm_first else x
+    q, k, v = split_qkv(F.linear(n, w.in_proj_weight, w.in_proj_bias), num_heads)
+    o = attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=masks.attention)
+    s1 = x + _drop(F.linear(o.flatten(-2), w.out_proj_weight, w.out_proj_bias), masks.attention_output)
     z = F.layer_norm(s1, channels, *(norm2 if norm_first else norm1))
     u = activation_dropout(F.linear(z, w.linear1_weight, w.linear1_bias), activation, mask=masks.activation)
     b = _drop(F.linear(u, w.linear2_weight, w.linear2_bias), masks.feedforward_output)

@@ -33,6 +33,7 @@ FLOORS = (
         "fastbf.environment",
         "fastbf.joint",
         "fastbf.precision",
+        "fastbf.recorder",
         "fastbf.reference",
         "fastbf.repeats",
         "fastbf.signatures",

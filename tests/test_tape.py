@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbf
-from fastbf import functional, repeats, tape
+from fastbf import functional, recorder, repeats, tape
 from tests.repeated import C, K, Step, assert_as_written, call, features
 
 on_both = pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -51,10 +51,10 @@ def test_a_repeated_call_checks_nothing_but_its_tensors(monkeypatch, plays, back
 @on_both
 def test_without_names_of_inductors_code(monkeypatch, plays, backend):
     """Another torch may lack them."""
-    assert tape.allocator("cpu") is not None
-    assert tape.viewer() is not None
+    assert recorder.allocator("cpu") is not None
+    assert recorder.viewer() is not None
     for name in ("allocator", "viewer"):
-        monkeypatch.setattr(tape, name, lambda *_: None)
+        monkeypatch.setattr(recorder, name, lambda *_: None)
     step = Step(backend)
     step.x, step.y = features(3, 2), torch.randint(0, K, (3, 2))
     for _ in range(2):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastbf import tape
 from fastbf.kernels.launch import Launched, noted, stream_for
+from fastbf.recorder import Recorder, Step, Unrecordable
 from fastbf.repeats import What
-from fastbf.tape import Recorder, Step, Unrecordable
 
 
 def noting(
