@@ -3,7 +3,7 @@
 A formula is a function of tensors in PyTorch's operators, and autograd differentiates it. When it comes for the second
 time, it is noted beside the call: forward first, then what autograd does backward. From the third call on one autograd
 Function runs both tapes, and autograd records that alone. Results and gradients are the same to the last bit. Noting
-costs as much as another step. A large call is noted when it comes for the ninth time, so that sizes that come a few
+costs more than another step. A large call is noted when it comes for the ninth time, so that sizes that come a few
 times do not pay it.
 
 The tapes are for calls that draw from the default generator, or not at all. A second derivative, or a batch of
