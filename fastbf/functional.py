@@ -492,11 +492,14 @@ def linear_cross_entropy(
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
-        checks.index_range(target, linear_weight.shape[0], ignored)
         try:
             made, of_streams = tape.again(tape, tensors)
             return (made, LossStats(*of_streams)) if stats else made
         except Exception as error:
+            try:  # PyTorch's operators refuse a class index out of range, too
+                checks.index_range(target, linear_weight.shape[0], ignored)
+            except ValueError as refusal:
+                raise refusal from None
             give_up(choose(backend, "linear_cross_entropy", input), "linear_cross_entropy", input.device, error)
     key = signature(input, tensors, backend, *requires_grad, *settings, *kinds)
     known: tuple[Choice, LossOptions] | None = recall(key)

@@ -279,6 +279,8 @@ class Recorder(DispatchMode):
             call = func
         if func is aten.addmm.default and not kwargs:
             call, args = self._product(call, args)
+        if func is aten._log_softmax.default and not args[2]:
+            call, args = torch.log_softmax, args[:2]
         given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
         return f"{self._once(call)}({', '.join(given)})"
 
