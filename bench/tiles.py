@@ -101,7 +101,7 @@ def _grid(case: Case) -> Iterator[Config]:
     sizes = (16, 32, 64, 128, 256, 512) if case.kernel == "forward_streaming" else (16, 32, 64, 128, 256)
     chunks = [d for d in sizes if narrow <= d <= wide and case.head_dim <= 8 * d]
     reload = (False, True) if case.kernel in ("backward_query", "backward_key_value") else (False,)
-    return itertools.starmap(Config, itertools.product(rows, rows, chunks, (2, 4, 8), (1, 2, 3, 4), reload))
+    return itertools.starmap(Config, itertools.product(rows, rows, chunks, (1, 2, 4, 8), (1, 2, 3, 4), reload))
 
 
 def _expected(case: Case, config: Config, limits: Limits) -> float:

@@ -9,15 +9,15 @@ Every (position, head) pair is a *group*, an attention problem of its own: queri
              walks over keys for dq, one over queries for dk and dv (Dao et al., arXiv 2205.14135), so that every sum
              has a fixed order and nothing is added atomically.
 *packed*     for N and M of at most 32, usually at many positions: one tile holds as many whole groups as fit, and
-             scores between groups are masked. Computing these takes no time, as memory is the limit. One program
-             computes whole groups, so backward needs the inputs only.
+             scores between groups are masked. Tiles are small, so that there are few of these, and mostly one warp
+             computes one, so that none waits for another. A program has whole groups, so backward needs inputs only.
 
 The head dimension is cut into NC chunks of BD channels. So it is padded to the next multiple of BD only, and a tile of
 many channels has several accumulators.
 
 Shapes: q, o, do, dq (N, L, H, D), k, v, dk, dv (M, L, H, D) by strides, channels contiguous; lse and delta (L·H, N)
 fp32, lse to the base 2 of the scaled scores. In a kernel s_qn, s_ql, s_qh are the strides of q's batch, position and
-head; p_ marks a pointer. Offsets are 64-bit.
+head in units of 8 elements; p_ marks a pointer. Offsets are 64-bit.
 """
 
 import math
@@ -45,8 +45,8 @@ _RUNTIME += [f"s_{tensor}{dimension}" for tensor in _TENSORS for dimension in "n
 
 @triton.jit
 def _stride(stride):
-    """The stride in 64 bits. The compiler knows that it is a multiple of 8, so that it loads 16 bytes at once."""
-    return stride.to(tl.int64) // 8 * 8
+    """The stride in elements, in 64 bits. The compiler knows what divides it, and loads 16 bytes at once."""
+    return stride.to(tl.int64) * 8
 
 
 @triton.jit
@@ -412,7 +412,7 @@ def _slots(first_group, groups, count, slots, H, B: tl.constexpr):
     slot = place * ((65535 + count) // count) >> 16  # place // count, exact for up to 128 places and 32 rows
     head = first_group % H + slot
     position = first_group // H + head // H
-    return slot, place - slot * count, position, head % H, (slot < slots) & (first_group + slot < groups)
+    return slot, place - slot * count, position, head % H, slot < tl.minimum(slots, groups - first_group)
 
 
 @triton.jit
@@ -496,6 +496,7 @@ def backward_packed(
 ):  # fmt: skip
     """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉."""
     NC: tl.constexpr = (D + BD - 1) // BD
+    ONCE: tl.constexpr = NC == 1 and BM * BD <= 1024  # loads each tensor once; registers hold no more
     first = tl.program_id(0) * slots
     q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
     k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
@@ -508,9 +509,15 @@ def backward_packed(
     b_do = p_do + _base(q_position, q_head, s_dol, s_doh)[:, None] + _rows(q_row, s_don, BD)
     s = tl.zeros((BM, BN), tl.float32)
     dp = tl.zeros((BM, BN), tl.float32)
+    if ONCE:
+        q, k, do = _load(b_q, m_rows, 0, D, BD), _load(b_k, m_keys, 0, D, BD), _load(b_do, m_rows, 0, D, BD)
     for c in range(NC):
-        s = _dot_chunk(_load(b_q, m_rows, c, D, BD), tl.trans(_load(b_k, m_keys, c, D, BD)), s, PRECISION)
-        dp = _dot_chunk(_load(b_do, m_rows, c, D, BD), tl.trans(_load(b_v, m_keys, c, D, BD)), dp, PRECISION)
+        if not ONCE:
+            q, k = _load(b_q, m_rows, c, D, BD), _load(b_k, m_keys, c, D, BD)
+        s = _dot_chunk(q, tl.trans(k), s, PRECISION)
+        if not ONCE:
+            do = _load(b_do, m_rows, c, D, BD)
+        dp = _dot_chunk(do, tl.trans(_load(b_v, m_keys, c, D, BD)), dp, PRECISION)
     p = _packed_softmax(s, same, m_rows, scale_log2)
     dp = tl.where(same, dp, 0.0)
     kept = p
@@ -526,11 +533,17 @@ def backward_packed(
     b_dq = p_dq + _base(q_position, q_head, s_dql, s_dqh)[:, None] + _rows(q_row, s_dqn, BD)
     o_dk = _base(k_position, k_head, s_dkl, s_dkh)[:, None] + _rows(k_row, s_dkn, BD)
     for c in range(NC):
-        dq = _dot_within(ds, _load(b_k, m_keys, c, D, BD), q_slot, k_slot, slots, PRECISION)
+        if not ONCE:
+            k = _load(b_k, m_keys, c, D, BD)
+        dq = _dot_within(ds, k, q_slot, k_slot, slots, PRECISION)
         _store(b_dq, dq * scale, m_rows, c, D, BD)
-        dk = _dot_within(tl.trans(ds), _load(b_q, m_rows, c, D, BD), k_slot, q_slot, slots, PRECISION)
+        if not ONCE:
+            q = _load(b_q, m_rows, c, D, BD)
+        dk = _dot_within(tl.trans(ds), q, k_slot, q_slot, slots, PRECISION)
         _store(p_dk + o_dk, dk * scale, m_keys, c, D, BD)
-        dv = _dot_within(tl.trans(kept), _load(b_do, m_rows, c, D, BD), k_slot, q_slot, slots, PRECISION)
+        if not ONCE:
+            do = _load(b_do, m_rows, c, D, BD)
+        dv = _dot_within(tl.trans(kept), do, k_slot, q_slot, slots, PRECISION)
         _store(p_dv + o_dk, dv, m_keys, c, D, BD)
 
 
@@ -542,17 +555,17 @@ def _positions(x: Tensor) -> Tensor:
 def _layout(x: Tensor) -> Tensor:
     """(N, …, H, D) → (N, L, H, D) as the kernels read it: a view, or a copy if rows do not start at 16 bytes."""
     x = _positions(x)
-    sample, position, head = _strides(x)
-    if x.stride(-1) != 1 or (sample | position | head) % 8 or x.data_ptr() % 16:
+    rows_begin_at_8 = all(stride % 8 == 0 for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    if x.stride(-1) != 1 or not rows_begin_at_8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     return x
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Batch, position and head stride; 0 along a dimension of one, whose stride may be anything."""
+    """Batch, position and head stride over 8; 0 along a dimension of one, whose stride may be anything."""
     samples, positions, heads, _ = x.shape
     sample, position, head, _ = x.stride()
-    return sample if samples > 1 else 0, position if positions > 1 else 0, head if heads > 1 else 0
+    return sample // 8 if samples > 1 else 0, position // 8 if positions > 1 else 0, head // 8 if heads > 1 else 0
 
 
 def _tiles(config: Config) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 A key is (kernel, bytes per element, architecture): 80 stands for every GPU that gives a program at least 99 KiB of
 shared memory (Ampere, Ada, consumer Blackwell), 90 for Hopper and 100 for data-centre Blackwell, with 227 KiB. A value
 has, for head dimensions up to a number, tiles from the largest to the smallest. :func:`config_for` takes the first
-that keeps every multiprocessor busy. ``block_d`` is the chunk that the head dimension is cut into. Every entry is
-compiled ahead of time by ``make aot``, which refuses spilled registers, more shared memory than there is, and
-unguarded asynchronous work: on Hopper, tiles of backward_key_value with fewer than 64 queries, 64 keys or
-more and two stages or more (docs/triton-wgmma.md).
+that keeps every multiprocessor busy, and of packed tiles the one that whole groups fill best. ``block_d`` is the chunk
+that the head dimension is cut into. Every entry is compiled ahead of time by ``make aot``, which refuses spilled
+registers, more shared memory than there is, and unguarded asynchronous work: on Hopper, tiles of backward_key_value
+with fewer than 64 queries, 64 keys or more and two stages or more (docs/triton-wgmma.md).
 
-Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: backward_packed of 80 and 90 for
-64 channels and of 80 for 512; forward_streaming of 80 for 128 and 256, and of 90 for 384, 512 and few rows of 256;
-backward_query of 80 for 64, 256 and 512, and of 90 for 256 and 512; backward_key_value of 80, and of 90 for 512.
+Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: both packed kernels of 80 and
+90; forward_streaming of 80 for 128 and 256, and of 90 for 384, 512 and few rows of 256; backward_query of 80 for 64,
+256 and 512, and of 90 for 256 and 512; backward_key_value of 80, and of 90 for 512 and few keys of 96.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(32, 32, 64, 8, 2), Config(16, 128, 128, 8, 2)),
+        256: (Config(32, 32, 64, 8, 2), Config(16, 64, 128, 8, 2)),
         512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 4, 80): {
@@ -115,7 +115,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_key_value", 2, 80): {
         32: (Config(64, 64, 32, 4, 3), Config(64, 16, 32, 2, 3)),
-        64: (Config(64, 32, 64, 4, 3), Config(64, 16, 64, 2, 3)),
+        64: (Config(64, 32, 64, 4, 2), Config(64, 16, 64, 2, 3)),
         128: (Config(32, 64, 128, 8, 3), Config(32, 16, 128, 2, 2)),
         256: (Config(16, 64, 128, 8, 2), Config(32, 16, 128, 4, 2)),
         512: (Config(16, 16, 128, 4, 2),),
@@ -124,7 +124,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("backward_key_value", 2, 90): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
-        96: (Config(128, 64, 32, 8, 2), Config(128, 16, 128, 8, 3)),
+        96: (Config(128, 64, 32, 8, 2), Config(64, 16, 32, 4, 2)),
         128: (Config(128, 64, 32, 8, 1), Config(128, 16, 128, 8, 3)),
         256: (Config(32, 64, 32, 8, 1), Config(128, 16, 128, 8, 2)),
         512: (Config(64, 16, 128, 8, 2),),
@@ -151,18 +151,18 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("backward_key_value", 4, 100): {
         64: (Config(32, 32, 64, 8, 2),),
         128: (Config(16, 16, 64, 8, 2),),
-        256: (Config(16, 16, 128, 8, 2),),
+        256: (Config(16, 32, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
     ("forward_packed", 2, 80): {
-        32: (Config(64, 64, 32, 4, 1),),
-        64: (Config(64, 64, 64, 4, 1),),
-        512: (Config(64, 64, 64, 8, 1),),
+        32: (Config(32, 32, 32, 1, 1),),
+        64: (Config(16, 16, 32, 1, 1), Config(32, 32, 32, 1, 1)),
+        512: (Config(16, 16, 64, 1, 1), Config(32, 32, 32, 1, 1)),
     },
     ("forward_packed", 2, 90): {
-        32: (Config(64, 64, 32, 4, 1),),
-        64: (Config(64, 64, 64, 4, 1),),
-        512: (Config(64, 64, 64, 4, 1),),
+        32: (Config(32, 32, 32, 1, 1),),
+        64: (Config(16, 16, 32, 1, 1), Config(32, 32, 32, 1, 1)),
+        512: (Config(16, 16, 64, 1, 1), Config(32, 32, 32, 1, 1)),
     },
     ("forward_packed", 2, 100): {
         32: (Config(32, 32, 32, 4, 1),),
@@ -179,19 +179,19 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 32, 32, 8, 1),),
     },
     ("backward_packed", 2, 80): {
-        32: (Config(64, 64, 32, 4, 1),),
-        64: (Config(32, 32, 64, 2, 1),),
-        512: (Config(32, 32, 32, 2, 1),),
+        32: (Config(16, 16, 32, 1, 1), Config(32, 32, 32, 2, 1)),
+        64: (Config(16, 16, 64, 1, 1), Config(32, 32, 64, 2, 1)),
+        512: (Config(16, 16, 64, 1, 1), Config(32, 32, 32, 2, 1)),
     },
     ("backward_packed", 2, 90): {
-        32: (Config(64, 64, 32, 4, 1),),
-        64: (Config(32, 32, 64, 2, 1),),
-        512: (Config(64, 64, 64, 4, 1),),
+        32: (Config(16, 16, 32, 1, 1), Config(32, 32, 32, 2, 1)),
+        64: (Config(16, 16, 64, 1, 1), Config(32, 32, 64, 2, 1)),
+        512: (Config(16, 16, 64, 1, 1), Config(64, 64, 64, 4, 1)),
     },
     ("backward_packed", 2, 100): {
         32: (Config(32, 32, 32, 4, 1),),
         64: (Config(32, 32, 64, 4, 1),),
-        512: (Config(32, 32, 64, 4, 1),),
+        512: (Config(32, 32, 32, 4, 1),),
     },
     ("backward_packed", 4, 80): {
         512: (Config(32, 32, 16, 8, 1),),
@@ -247,6 +247,8 @@ def config_for(kernel: str, n: int, m: int, groups: int, head_dim: int, itemsize
     """
     by_head_dim = TABLE[kernel, itemsize, architecture(limits)]
     configs = by_head_dim[min(d for d in by_head_dim if d >= head_dim)]
+    if kernel.endswith("packed"):
+        return max(configs, key=lambda config: packed_slots(config, n, m) / (config.block_m + config.block_n))
     for config in configs:
         block, rows = (config.block_n, m) if kernel == "backward_key_value" else (config.block_m, n)
         if groups * -(-rows // block) >= limits.multiprocessors and block < 2 * rows:

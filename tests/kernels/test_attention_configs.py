@@ -19,14 +19,15 @@ KERNELS = ("forward_streaming", "backward_query", "backward_key_value", "forward
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_head_dimension_has_tiles(kernel, itemsize, limits):
-    for head_dim, n, groups in itertools.product(range(8, 513, 8), (1, 30, 64, 500, 65_536), (1, 4, 100_000)):
+    sizes = (1, 15, 30, 32) if kernel.endswith("packed") else (33, 64, 500, 65_536)
+    for head_dim, n, groups in itertools.product(range(8, 513, 8), sizes, (1, 4, 100_000)):
         config = config_for(kernel, n, n, groups, head_dim, itemsize, limits)
         for tile in config[:3]:
             assert tile in (16, 32, 64, 128, 256, 512)
         # What keep_tile can draw, and what the reciprocal of a packed tile's row count is exact for.
         assert config.block_n <= 128
         if kernel.endswith("packed"):
-            assert packed_slots(config, min(n, 32), min(n, 32)) >= 1
+            assert packed_slots(config, n, n) >= 1
 
 
 def test_backward_computes_scores_keys_by_queries_where_warps_outnumber_tiles_of_16_queries():
@@ -53,6 +54,13 @@ def test_few_rows_take_small_tiles_so_that_every_multiprocessor_works():
 def test_keys_are_tiled_by_their_own_number():
     assert config_for("backward_key_value", 65_536, 64, 4, 64, 2, H100).block_n == 16
     assert config_for("backward_key_value", 64, 65_536, 4, 64, 2, H100).block_n > 16
+
+
+@pytest.mark.parametrize(("n", "rows"), [(2, 16), (5, 16), (6, 32), (9, 32), (11, 16), (16, 16), (17, 32), (32, 32)])
+def test_packed_groups_take_the_tile_that_they_fill_best(n, rows):
+    for kernel in ("forward_packed", "backward_packed"):
+        assert config_for(kernel, n, n, 10_000, 64, 2, H100).block_m == rows
+    assert packed_slots(config_for("forward_packed", n, 2, 10_000, 64, 2, H100), n, 2) > 0
 
 
 @pytest.mark.parametrize(("n", "m", "expected"), [(2, 2, "packed"), (32, 32, "packed"), (33, 2, "streaming")])
