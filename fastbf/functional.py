@@ -492,11 +492,13 @@ def linear_cross_entropy(
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
+        if tape.again is not classifier.again:  # PyTorch's operators refuse a class index out of range themselves
+            checks.index_range(target, linear_weight.shape[0], ignored)
         try:
             made, of_streams = tape.again(tape, tensors)
             return (made, LossStats(*of_streams)) if stats else made
         except Exception as error:
-            try:  # PyTorch's operators refuse a class index out of range, too
+            try:
                 checks.index_range(target, linear_weight.shape[0], ignored)
             except ValueError as refusal:
                 raise refusal from None
