@@ -15,6 +15,7 @@ from fastbf.repeats import Results, Tape
 from fastbf.torch_state import (
     CAST,
     COPY_ALL,
+    LOG_SOFTMAX,
     RESHAPE_COPY,
     DispatchMode,
     Operator,
@@ -279,7 +280,7 @@ class Recorder(DispatchMode):
             call = func
         if func is aten.addmm.default and not kwargs:
             call, args = self._product(call, args)
-        if func is aten._log_softmax.default and not args[2]:
+        if func is LOG_SOFTMAX and not args[2]:
             call, args = torch.log_softmax, args[:2]
         given = [*map(self._argument, args), *(f"{name}={self._argument(a)}" for name, a in kwargs.items())]
         return f"{self._once(call)}({', '.join(given)})"

@@ -49,6 +49,8 @@ Operator = torch._ops.OpOverload
 CAST, COPY_ALL = torch.ops.aten._to_copy.default, torch.ops.aten._foreach_copy_.default
 #: The last step of ``Tensor.reshape`` where it copies.
 RESHAPE_COPY = torch.ops.aten._unsafe_view.default
+#: ``torch.log_softmax``; the last of three arguments asks for a wider result.
+LOG_SOFTMAX = torch.ops.aten._log_softmax.default
 
 
 def autocasts(device: str) -> bool:
