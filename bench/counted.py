@@ -111,6 +111,13 @@ class Row(NamedTuple):
         return 2 * PRODUCTS[case.kernel] * scores * case.head_dim
 
     @property
+    def useful(self) -> float:
+        """FLOPs of the products of scores within groups."""
+        case = self.case
+        groups = packed_slots(self.config, case.n, case.n) if case.packed else 1
+        return 2 * PRODUCTS[case.kernel] * groups * case.n**2 * case.head_dim
+
+    @property
     def ideal(self) -> float:
         """Bytes if every input is read once, and every result written once."""
         case, (tensors, statistics) = self.case, TENSORS[self.case.kernel]
@@ -213,5 +220,5 @@ def line(row: Row) -> str:
         f"{case.kernel:<19}{case.itemsize:>5}{case.architecture:>4}{case.head_dim:>5}  {text(row.config):<30}"
         f"{c.flops / 1e6:>7,.1f}{c.flops / row.needed:>6.2f}{c.bytes / 1e6:>9.3f}{c.bytes / row.ideal:>6.2f}"
         f"{c.wavefronts:>12,.0f}{row.conflicts:>6.2f}{c.instructions / row.programs:>13,.0f}"
-        f"{c.integer / c.instructions:>8.1%}{row.needed / times[bound] / 1e12:>9.0f}  {bound}"
+        f"{c.integer / c.instructions:>8.1%}{row.useful / times[bound] / 1e12:>9.0f}  {bound}"
     )
