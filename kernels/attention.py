@@ -94,8 +94,8 @@ def _load_all(pointers, m_rows, D: tl.constexpr, BD: tl.constexpr, NC: tl.conste
 def _dot_chunk(a, b, s, PRECISION: tl.constexpr):
     """s + a b, a [RA, BD] and b [BD, RB] a chunk of channels each.
 
-    In IEEE fp32 a chunk is summed by itself: one sum over 512 channels has three times the rounding error of a sum of
-    chunks. The compiler merges a product and an addition unless the product is told how often to add.
+    In IEEE fp32 a chunk is summed by itself: one sum over 512 channels has up to three times the rounding error of a
+    sum of chunks. The compiler merges a product and an addition unless the product is told how often to add.
     """
     if PRECISION == "ieee":
         return s + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])

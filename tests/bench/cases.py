@@ -1,10 +1,11 @@
-"""What the tests of benchmarks share: small workloads, measurements of them, and a program in ASCII."""
+"""What the tests of benchmarks share: small workloads, measurements of them, the emulator, and a program in ASCII."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench import runner
@@ -19,6 +20,9 @@ DENSE = Workload("v2-detr", 2, 64, positions=5)
 POOLED = Workload("small-v2-16-65-64", 24, 64, 10, positions=5)
 PLAN = Plan(("fastbf-torch", "paper"), ("both",), ("eager",), seconds=0.0)
 ROOT = Path(__file__).parents[2]
+EMULATOR = ROOT.parent / "shared"
+
+needs_emulator = pytest.mark.skipif(not (EMULATOR / "ptx").is_dir(), reason="no emulator")
 
 
 def problem(op="step", workload=SMALL, dtype="fp32", dropout=0.5):

@@ -9,10 +9,8 @@ from bench.commands import main
 from bench.counted import Counts, Row
 from bench.tiles import Case
 from fastbf.kernels.attention_configs import TABLE, Config
-from tests.bench.cases import ROOT, in_ascii
+from tests.bench.cases import EMULATOR, in_ascii, needs_emulator
 
-EMULATOR = ROOT.parent / "shared"
-needs_emulator = pytest.mark.skipif(not (EMULATOR / "ptx").is_dir(), reason="no emulator")
 NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
 
 #: Counts a kernel at a tile, then executes all programs of a problem of five by five such tiles.
