@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbf.kernels.launch import Drop, cdiv, keep_mode, keep_scale, launch, operator, seed_or
-from fastbf.kernels.rng import KEEP_ALL
-from fastbf.kernels.rows import ACTIVATION_TILE, Rows, multiplier, place
+from fastbf.kernels.rng import KEEP_ALL, mask_rows
+from fastbf.kernels.rows import ACTIVATION_TILE, Rows, place
 
 _RUNTIME = ["rows", "inner", "position_major", "first", "tiles", "threshold", "stride", "site"]
 
@@ -44,7 +44,7 @@ def activation_forward(
     h = tl.load(p_h + offsets, mask=mask, other=0.0).to(tl.float32)  # [BM, BC]
     u = h * _gelu_gate(h) if GELU else tl.where(h <= 0.0, 0.0, h)
     if KEEP != KEEP_ALL:
-        u *= multiplier(p_seed, site, position, sample, start, threshold, keep_scale, BC, KEEP)
+        u *= mask_rows(tl.load(p_seed), site, position, sample, start, threshold, keep_scale, BC, KEEP)
     tl.store(p_u + offsets, u.to(p_u.dtype.element_ty), mask=mask)
 
 
@@ -75,7 +75,7 @@ def activation_backward(
             slope = gate + saved * tl.exp(saved * saved * -0.5) * 0.3989422804014327
             if KEEP != KEEP_ALL:
                 _, sample, position = place(index, inner, position_major, first)
-                keep = multiplier(p_seed, site, position, sample, start, threshold, keep_scale, BC, KEEP)
+                keep = mask_rows(tl.load(p_seed), site, position, sample, start, threshold, keep_scale, BC, KEEP)
                 dh *= keep
                 gate *= keep
             if STORE_U:

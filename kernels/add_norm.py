@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbf.kernels.launch import NO_DROP, Drop, cdiv, keep_mode, keep_scale, launch, operator, seed_or
-from fastbf.kernels.rng import KEEP_ALL
-from fastbf.kernels.rows import Rows, multiplier, norm_tile, place
+from fastbf.kernels.rng import KEEP_ALL, mask_rows
+from fastbf.kernels.rows import Rows, norm_tile, place
 
 _RUNTIME = ["rows", "inner", "position_major", "first", "skipped", "half", "stride", "site", "threshold"]
 
@@ -63,7 +63,7 @@ def add_norm_forward(
     if HAS_X:
         x = tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
         if KEEP != KEEP_ALL:
-            x *= multiplier(p_seed, site, position, sample, 0, threshold, keep_scale, BC, KEEP)
+            x *= mask_rows(tl.load(p_seed), site, position, sample, 0, threshold, keep_scale, BC, KEEP)
         s += x
     if STORE_SUM:
         tl.store(p_sum + offsets, s.to(p_sum.dtype.element_ty), mask=mask)
@@ -152,7 +152,7 @@ def add_norm_backward(
         if HAS_X:
             dx = ds
             if KEEP != KEEP_ALL:
-                dx *= multiplier(p_seed, site, position, sample, 0, threshold, keep_scale, BC, KEEP)
+                dx *= mask_rows(tl.load(p_seed), site, position, sample, 0, threshold, keep_scale, BC, KEEP)
             tl.store(p_dx + offsets, dx.to(p_dx.dtype.element_ty), mask=mask)
             if IN_REGISTERS:
                 d_x += tl.where(mask, dx, 0.0)

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastbf.kernels.attention_configs import Config, config_for, key_value_passes, packed_slots, schedule, transposes
 from fastbf.kernels.launch import cdiv, keep_mode, keep_scale, launch, operator, seed_or
 from fastbf.kernels.limits import device_limits
-from fastbf.kernels.rng import KEEP_ALL, keep_each, keep_tile
+from fastbf.kernels.rng import KEEP_ALL, mask_each, mask_tile
 
 LOG2_E = 1.4426950408889634
 
@@ -178,7 +178,8 @@ def forward_streaming(
         p = tl.zeros((BM, BN), p_v.dtype.element_ty)
         b_v -= BN * _stride(s_vn)
     for start in range(0, M + BN if LATE else M, BN):
-        m_keys = start + keys < M
+        m_keys = keys < M - start
+        past_end = tl.where(m_keys, 0.0, float("-inf"))
         s = tl.zeros((BM, BN), tl.float32)
         for c in tl.static_range(NC):
             k = _load(b_k, m_keys, c, D, BD)
@@ -187,15 +188,14 @@ def forward_streaming(
             before = start - BN + keys
             v = _load(b_v, (before >= 0) & (before < M), 0, D, BD)
             acc = (tl.dot(p, v, acc[0], input_precision=PRECISION),)
-        s = tl.where(m_keys[None, :], s * scale_log2, float("-inf"))  # [BM, BN]
+        s = s * scale_log2 + past_end[None, :]  # [BM, BN]
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         rescale = tl.exp2(maximum - new_maximum)
         p = tl.exp2(s - new_maximum[:, None])
         total = total * rescale + tl.sum(p, 1)
         maximum = new_maximum
         if KEEP != KEEP_ALL:
-            keep = keep_tile(seed, group, samples, first_key + start, threshold, BN, KEEP)
-            p *= tl.where(keep, keep_scale, 0.0)
+            p *= mask_tile(seed, group, samples, first_key + start, threshold, keep_scale, BN, KEEP)
         p = p.to(p_v.dtype.element_ty)
         if LATE:
             acc = (acc[0] * rescale[:, None],)
@@ -212,7 +212,7 @@ def forward_streaming(
     m_rows = rows < N
     b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
     for c in tl.static_range(NC):
-        _store(b_o, acc[c] / total[:, None], m_rows, c, D, BD)
+        _store(b_o, acc[c] * (1.0 / total)[:, None], m_rows, c, D, BD)
     tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
 
 
@@ -264,7 +264,8 @@ def backward_query(
         lse = tl.load(p_lse + group * N + rows, mask=m_rows, other=0.0)
         dq = _zeros(BM, BD, NC)
         for start in range(0, M, BN):
-            m_keys = start + keys < M
+            m_keys = keys < M - start
+            past_end = tl.where(m_keys, 0.0, float("-inf"))
             s = tl.zeros((BM, BN), tl.float32)
             dp = tl.zeros((BM, BN), tl.float32)
             k = ()
@@ -278,10 +279,9 @@ def backward_query(
                 for c in tl.static_range(NC):
                     v = _load(b_v, m_keys, c, D, BD)
                     dp = _dot_chunk(do[c], tl.trans(v), dp, PRECISION)
-            p = tl.where(m_keys[None, :], tl.exp2(s * scale_log2 - lse[:, None]), 0.0)  # [BM, BN]
+            p = tl.exp2(s * scale_log2 + (past_end[None, :] - lse[:, None]))  # [BM, BN]
             if KEEP != KEEP_ALL:
-                keep = keep_tile(seed, group, samples, first_key + start, threshold, BN, KEEP)
-                dp *= tl.where(keep, keep_scale, 0.0)
+                dp *= mask_tile(seed, group, samples, first_key + start, threshold, keep_scale, BN, KEEP)
             ds = (p * (dp - delta[:, None])).to(p_q.dtype.element_ty)
             new_dq = ()
             for c in tl.static_range(NC):
@@ -342,7 +342,7 @@ def backward_key_value(
     dk = _zeros(BN, BD, NC)
     dv = _zeros(BN, BD, NC)
     for start in range(0, N, BM):
-        m_rows = start + rows < N
+        m_rows = rows < N - start
         s = tl.zeros((BN, BM) if TRANSPOSED else (BM, BN), tl.float32)
         dp = tl.zeros((BN, BM) if TRANSPOSED else (BM, BN), tl.float32)
         q, do = (), ()
@@ -364,10 +364,9 @@ def backward_key_value(
         p = tl.where(m_queries, tl.exp2(s * scale_log2 - _along_queries(lse, TRANSPOSED)), 0.0)
         if KEEP != KEEP_ALL:
             samples = first_row + start + rows
-            keep = keep_tile(seed, group, samples, first_key + first, threshold, BN, KEEP)
+            mask = mask_tile(seed, group, samples, first_key + first, threshold, keep_scale, BN, KEEP)
             if TRANSPOSED:
-                keep = tl.trans(keep)
-            mask = tl.where(keep, keep_scale, 0.0)
+                mask = tl.trans(mask)
             ds = p * (dp * mask - delta)
             p *= mask
         else:
@@ -382,7 +381,6 @@ def backward_key_value(
                 new_dv += (tl.dot(p, do_c, dv[c], input_precision=PRECISION),)
             dv = new_dv
         if NEEDS_DK:
-            ds = tl.where(m_queries, ds, 0.0)  # NaN and Inf of v must not enter through rows of zeros
             ds = ds.to(p_q.dtype.element_ty)
             if not TRANSPOSED:
                 ds = tl.trans(ds)
@@ -410,9 +408,9 @@ def _slots(first_group, groups, count, slots, H, B: tl.constexpr):
     """A packed tile's rows [B], ``count`` to a group: slot, index in the group, position, head, whether it exists."""
     place = tl.arange(0, B)
     slot = place * ((65535 + count) // count) >> 16  # place // count, exact for up to 128 places and 32 rows
-    head = first_group % H + slot
-    position = first_group // H + head // H
-    return slot, place - slot * count, position, head % H, slot < tl.minimum(slots, groups - first_group)
+    group = first_group + slot
+    position = group // H
+    return slot, place - slot * count, position, group - position * H, slot < tl.minimum(slots, groups - first_group)
 
 
 @triton.jit
@@ -446,14 +444,17 @@ def forward_packed(
     s_vn: tl.int64, s_vl: tl.int64, s_vh: tl.int64,
     s_on: tl.int64, s_ol: tl.int64, s_oh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉."""
+    """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉. ALIKE: q, k and v share their strides, N = M."""
     NC: tl.constexpr = (D + BD - 1) // BD
+    if ALIKE:
+        M, s_kn, s_kl, s_kh, s_vn, s_vl, s_vh = N, s_qn, s_ql, s_qh, s_qn, s_ql, s_qh
     first = tl.program_id(0) * slots
     q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
     k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
-    q_position += first_group // H
+    if not ALIKE:
+        q_position += first_group // H
     same = q_slot[:, None] == k_slot[None, :]  # a slot exists in rows and keys, or in neither
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -467,8 +468,7 @@ def forward_packed(
     p = _packed_softmax(s, same, m_rows, scale_log2)
     if KEEP != KEEP_ALL:
         group = (first_group + first + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, KEEP)
-        p *= tl.where(keep, keep_scale, 0.0)
+        p *= mask_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, keep_scale, KEEP)
     p = p.to(p_v.dtype.element_ty)
 
     b_o = p_o + _base(q_position, q_head, s_ol, s_oh)[:, None] + _rows(q_row, s_on, BD)
@@ -492,15 +492,22 @@ def backward_packed(
     s_dqn: tl.int64, s_dql: tl.int64, s_dqh: tl.int64,
     s_dkn: tl.int64, s_dkl: tl.int64, s_dkh: tl.int64,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉."""
+    """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid and ALIKE as forward_packed's.
+
+    ALIKE says the same of the gradients' strides.
+    """
     NC: tl.constexpr = (D + BD - 1) // BD
+    if ALIKE:
+        M, s_kn, s_kl, s_kh, s_vn, s_vl, s_vh = N, s_qn, s_ql, s_qh, s_qn, s_ql, s_qh
+        s_dkn, s_dkl, s_dkh = s_dqn, s_dql, s_dqh
     ONCE: tl.constexpr = NC == 1 and BM * BD <= 1024  # loads each tensor once; registers hold no more
     first = tl.program_id(0) * slots
     q_slot, q_row, q_position, q_head, m_rows = _slots(first, groups, N, slots, H, BM)
     k_slot, k_row, k_position, k_head, m_keys = _slots(first, groups, M, slots, H, BN)
-    q_position += first_group // H
+    if not ALIKE:
+        q_position += first_group // H
     same = q_slot[:, None] == k_slot[None, :]  # a slot exists in rows and keys, or in neither
 
     b_q = p_q + _base(q_position, q_head, s_ql, s_qh)[:, None] + _rows(q_row, s_qn, BD)
@@ -523,8 +530,7 @@ def backward_packed(
     kept = p
     if KEEP != KEEP_ALL:
         group = (first_group + first + q_slot).to(tl.int64)
-        keep = keep_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, KEEP)
-        mask = tl.where(keep, keep_scale, 0.0)
+        mask = mask_each(tl.load(p_seed), group, first_row + q_row, k_row, threshold, keep_scale, KEEP)
         dp *= mask
         kept = p * mask
     ds = tl.where(same, p * (dp - tl.sum(p * dp, 1)[:, None]), 0.0).to(p_q.dtype.element_ty)
@@ -566,6 +572,11 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     samples, positions, heads, _ = x.shape
     sample, position, head, _ = x.stride()
     return sample // 8 if samples > 1 else 0, position // 8 if positions > 1 else 0, head // 8 if heads > 1 else 0
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether shapes and strides are those of q, as where one tensor holds all three."""
+    return q.shape == k.shape and _strides(q) == _strides(k) == _strides(v)
 
 
 def _tiles(config: Config) -> dict[str, Any]:
@@ -644,7 +655,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, *, o: Tensor, lse
         config = choose("forward_packed", q, m)
         slots = packed_slots(config, n, m)
         numbers = (n, m, heads, groups, slots, *numbers)
-        constants |= _tiles(config)
+        constants |= {"ALIKE": _alike(q, k, v), **_tiles(config)}
         launch(forward_packed, cdiv(groups, slots), q.device, (q, k, v, o, seed), numbers, constants)
         return
     config = choose("forward_streaming", q, m)
@@ -705,7 +716,7 @@ def backward(
         config = choose("backward_packed", q, m)
         slots = packed_slots(config, n, m)
         numbers = (n, m, heads, groups, slots, *numbers, *_strides(do), *_strides(dq), *_strides(dk))
-        constants |= _tiles(config)
+        constants |= {"ALIKE": _alike(q, k, v) and _alike(dq, dk, dv), **_tiles(config)}
         launch(backward_packed, cdiv(groups, slots), q.device, (q, k, v, do, dq, dk, dv, seed), numbers, constants)
         return
     config = choose("backward_query", q, m)

@@ -52,9 +52,9 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("forward_streaming", 2, 100): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 32, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
-        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(128, 64, 128, 8, 2), Config(16, 128, 128, 8, 2)),
-        512: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 8, 2)),
+        128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 64, 4, 3)),
+        256: (Config(128, 32, 128, 8, 2), Config(16, 128, 128, 8, 2)),
+        512: (Config(32, 32, 256, 8, 2), Config(16, 64, 256, 8, 2)),
     },
     ("forward_streaming", 4, 80): {
         64: (Config(32, 32, 64, 4, 2),),
@@ -92,7 +92,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(32, 32, 64, 8, 2), Config(16, 64, 128, 8, 2)),
+        256: (Config(32, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
         512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 4, 80): {

@@ -46,12 +46,15 @@ def _bits(seed, group, rows, start, BN: tl.constexpr):
         word = tl.where(columns >= 32, w1[:, None], word)
     if BN == 128:
         word = tl.where(columns >= 64, tl.where(columns >= 96, w3[:, None], w2[:, None]), word)
-    return (word >> ((start + columns) % 32).to(tl.uint32)) & 1
+    if BN == 16:
+        word >>= (start % 32).to(tl.uint32)
+    columns = (columns % 32).to(tl.uint32)
+    return ((word >> (columns & 6)) >> (columns & 25)) & 1  # by 2t, the thread's, then by what compilers know
 
 
 @triton.jit
 def _halves(seed, group, rows, start, BN: tl.constexpr):
-    """rows [BM] → [BM, BN], 16 random bits each: columns start … start + BN - 1, start a multiple of BN."""
+    """rows [BM] → [BM, BN], words whose upper 16 bits are random: columns start … start + BN - 1, a multiple of BN."""
     BM: tl.constexpr = rows.shape[0]
     CALLS: tl.constexpr = 4 if BN == 16 else BN // 8
     calls = start // 32 * 4 + tl.arange(0, CALLS)
@@ -63,14 +66,13 @@ def _halves(seed, group, rows, start, BN: tl.constexpr):
     else:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BM, CALLS, 2, 2], the four words in their order
         eights: tl.constexpr = 4
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    halves = tl.reshape(halves, (BM, CALLS // 4, 4, eights, 2))
+    halves = tl.reshape(_upper_halves(words), (BM, CALLS // 4, 4, eights, 2))
     return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (BM, BN))
 
 
 @triton.jit
-def keep_tile(seed, group, rows, start, threshold, BN: tl.constexpr, KEEP: tl.constexpr):
-    """Attention's decisions for a tile: bool [BM, BN].
+def mask_tile(seed, group, rows, start, threshold, keep_scale, BN: tl.constexpr, KEEP: tl.constexpr):
+    """What attention's dropout multiplies a tile of weights by: fp32 [BM, BN], ``keep_scale`` where kept, else 0.
 
     Args:
         seed: int64.
@@ -78,16 +80,17 @@ def keep_tile(seed, group, rows, start, threshold, BN: tl.constexpr, KEEP: tl.co
         rows: [BM] int32, the queries.
         start: the first key, a multiple of BN; 16 ≤ BN ≤ 128.
         threshold: of 65,536, how many values of 16 bits mean "drop" (used by KEEP_HALVES).
+        keep_scale: fp32, 65,536 / (65,536 - threshold).
     """
     if KEEP == KEEP_BITS:
-        return _bits(seed, group, rows, start, BN) != 0
+        return _two_or_zero(_bits(seed, group, rows, start, BN))
     else:
-        return _halves(seed, group, rows, start, BN) >= threshold.to(tl.uint32)
+        return tl.where(_halves(seed, group, rows, start, BN) >= _drop(threshold), keep_scale, 0.0)
 
 
 @triton.jit
-def keep_each(seed, groups, rows, columns, threshold, KEEP: tl.constexpr):
-    """Attention's decisions where each row has a group of its own and columns are keys below 32: bool [BM, BN].
+def mask_each(seed, groups, rows, columns, threshold, keep_scale, KEEP: tl.constexpr):
+    """:func:`mask_tile` where each row has a group of its own and columns are keys below 32: fp32 [BM, BN].
 
     A row's 32 decisions are gathered in one word first, so that an element costs a shift.
 
@@ -96,22 +99,26 @@ def keep_each(seed, groups, rows, columns, threshold, KEEP: tl.constexpr):
         groups: [BM] int64.
         rows: [BM] int32, the queries.
         columns: [BN] int32, the keys.
-        threshold: as in :func:`keep_tile`.
+        threshold, keep_scale: as in :func:`mask_tile`.
     """
     if KEEP == KEEP_BITS:
         word, _w1, _w2, _w3 = _words(seed, ATTENTION, groups, rows, rows * 0)
     else:
-        drop = threshold.to(tl.uint32)
+        drop = _drop(threshold)
         quarter = tl.arange(0, 4)[None, :]
         w0, w1, w2, w3 = _words(seed, ATTENTION, groups[:, None], rows[:, None], quarter)  # [BM, 4]
         two = _two(w0, drop) | _two(w1, drop) << 8 | _two(w2, drop) << 16 | _two(w3, drop) << 24
         word = tl.sum(two << (2 * quarter).to(tl.uint32), 1)
-    return ((word[:, None] >> columns[None, :].to(tl.uint32)) & 1) != 0
+    bits = (word[:, None] >> columns[None, :].to(tl.uint32)) & 1
+    if KEEP == KEEP_BITS:
+        return _two_or_zero(bits)
+    else:
+        return tl.where(bits != 0, keep_scale, 0.0)
 
 
 @triton.jit
-def keep_rows(seed, site, positions, rows, start, threshold, BC: tl.constexpr, KEEP: tl.constexpr):
-    """The decisions of an elementwise site for rows of channels: bool [BM, BC].
+def mask_rows(seed, site, positions, rows, start, threshold, keep_scale, BC: tl.constexpr, KEEP: tl.constexpr):
+    """What the dropout of an elementwise site multiplies rows of channels by: fp32 [BM, BC], ``keep_scale`` or 0.
 
     Args:
         seed: int64.
@@ -119,7 +126,7 @@ def keep_rows(seed, site, positions, rows, start, threshold, BC: tl.constexpr, K
         positions: [BM] int64.
         rows: [BM] int32, the samples' indices along the batch.
         start: the first channel, a multiple of BC; BC ≥ 32.
-        threshold: as in :func:`keep_tile`.
+        threshold, keep_scale: as in :func:`mask_tile`.
     """
     BM: tl.constexpr = rows.shape[0]
     if KEEP == KEEP_BITS:
@@ -127,16 +134,33 @@ def keep_rows(seed, site, positions, rows, start, threshold, BC: tl.constexpr, K
         w0, w1, w2, w3 = _words(seed, site, positions[:, None], rows[:, None], word // 4)
         words = tl.where(word % 4 < 2, tl.where(word % 4 == 0, w0, w1), tl.where(word % 4 == 2, w2, w3))
         bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1
-        return tl.reshape(bits, (BM, BC)) != 0
+        return _two_or_zero(tl.reshape(bits, (BM, BC)))
     else:
         calls = start // 8 + tl.arange(0, BC // 8)[None, :]
         w0, w1, w2, w3 = _words(seed, site, positions[:, None], rows[:, None], calls)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BM, BC // 8, 2, 2], the four words in their order
-        halves = tl.join(words & 0xFFFF, words >> 16)
-        return tl.reshape(halves, (BM, BC)) >= threshold.to(tl.uint32)
+        return tl.where(tl.reshape(_upper_halves(words), (BM, BC)) >= _drop(threshold), keep_scale, 0.0)
+
+
+@triton.jit
+def _two_or_zero(bits):
+    """Bits as 2.0, the scale of p = 1/2, or 0.0. This costs less than a comparison and a selection."""
+    return (bits << 30).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _upper_halves(words):
+    """Two words of each: its lower half and its upper half, as upper halves. What is below does not matter."""
+    return tl.join(words << 16, words)
+
+
+@triton.jit
+def _drop(threshold):
+    """The least word whose upper half means "keep"; 0 at 65,536, where the scale is 0."""
+    return threshold.to(tl.uint32) << 16
 
 
 @triton.jit
 def _two(word, drop):
     """The decisions of a word's two halves, as two bits."""
-    return ((word & 0xFFFF) >= drop).to(tl.uint32) | ((word >> 16) >= drop).to(tl.uint32) << 1
+    return (word << 16 >= drop).to(tl.uint32) | (word >= drop).to(tl.uint32) << 1

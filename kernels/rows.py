@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from fastbf.kernels.limits import Limits
-from fastbf.kernels.rng import keep_rows
 
 
 class Rows(NamedTuple):
@@ -85,10 +84,3 @@ def place(index, inner, position_major, first):
     sample = tl.where(position_major != 0, within, outer)
     position = tl.where(position_major != 0, outer, within)
     return outer, first + sample, position.to(tl.int64)
-
-
-@triton.jit
-def multiplier(p_seed, site, positions, samples, start, threshold, keep_scale, BC: tl.constexpr, KEEP: tl.constexpr):
-    """What dropout multiplies a tile with: [BM, BC], 0 or ``keep_scale``."""
-    keep = keep_rows(tl.load(p_seed), site, positions, samples, start, threshold, BC, KEEP)
-    return tl.where(keep, keep_scale, 0.0)

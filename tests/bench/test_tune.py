@@ -38,7 +38,7 @@ def test_every_case_has_candidates_that_may_run_the_present_choice_first(limits)
             assert tiles.shared_memory(case, config, limits) <= limits.shared_memory
             assert tiles.live_values(case, config) <= tiles.LIVE_VALUES
             assert case.packed or max(config.block_m, config.block_n) < 2 * case.n
-            assert 16 <= config.block_n <= 128  # what keep_tile can draw
+            assert 16 <= config.block_n <= 128  # what mask_tile can draw
             assert not config.reload or case.kernel in ("backward_query", "backward_key_value")
 
 

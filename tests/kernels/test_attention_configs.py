@@ -24,7 +24,7 @@ def test_every_head_dimension_has_tiles(kernel, itemsize, limits):
         config = config_for(kernel, n, n, groups, head_dim, itemsize, limits)
         for tile in config[:3]:
             assert tile in (16, 32, 64, 128, 256, 512)
-        # What keep_tile can draw, and what the reciprocal of a packed tile's row count is exact for.
+        # What mask_tile can draw, and what the reciprocal of a packed tile's row count is exact for.
         assert config.block_n <= 128
         if kernel.endswith("packed"):
             assert packed_slots(config, n, n) >= 1
