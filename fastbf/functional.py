@@ -492,7 +492,7 @@ def linear_cross_entropy(
     requires_grad = torch.is_grad_enabled(), *[getattr(t, "requires_grad", None) for t in tensors]
     what = repeats.what("linear_cross_entropy", input, backend, *requires_grad, *settings, *kinds)
     if (tape := repeats.find(what, tensors)) is not None:
-        if tape.again is not classifier.again:  # PyTorch's operators refuse a class index out of range themselves
+        if tape.stream_for is not None:  # of kernels: PyTorch's operators refuse a class index out of range themselves
             checks.index_range(target, linear_weight.shape[0], ignored)
         try:
             made, of_streams = tape.again(tape, tensors)
