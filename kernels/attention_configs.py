@@ -138,7 +138,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_key_value", 4, 80): {
         64: (Config(32, 16, 64, 4, 2),),
-        128: (Config(16, 16, 128, 8, 2),),
+        128: (Config(16, 16, 128, 4, 2),),
         256: (Config(16, 16, 128, 4, 3),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
@@ -149,7 +149,7 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(16, 16, 128, 8, 2, True),),
     },
     ("backward_key_value", 4, 100): {
-        64: (Config(32, 32, 64, 8, 2),),
+        64: (Config(16, 32, 64, 8, 2),),
         128: (Config(16, 16, 64, 8, 2),),
         256: (Config(16, 32, 64, 8, 2),),
         512: (Config(16, 16, 128, 8, 2, True),),
