@@ -361,7 +361,7 @@ def backward_key_value(
         lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
         m_queries, delta = _along_queries(m_rows, TRANSPOSED), _along_queries(delta, TRANSPOSED)
-        # An infinite key must not enter through rows of zeros. What is not finite in v reaches its dk through every row.
+        # An infinite key must not enter through rows of zeros. What is not finite in v reaches its dk by every row.
         p = tl.where(m_queries, tl.exp2(s * scale_log2 - _along_queries(lse, TRANSPOSED)), 0.0)
         if KEEP != KEEP_ALL:
             samples = first_row + start + rows
