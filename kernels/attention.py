@@ -361,7 +361,8 @@ def backward_key_value(
         lse = tl.load(p_lse + group * N + start + rows, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + group * N + start + rows, mask=m_rows, other=0.0)
         m_queries, delta = _along_queries(m_rows, TRANSPOSED), _along_queries(delta, TRANSPOSED)
-        # An infinite key must not enter through rows of zeros. What is not finite in v reaches its dk by every row.
+        # An infinite key must not enter through rows of zeros. A value that is not finite makes its key's gradient NaN
+        # through any row, of zeros or not.
         p = tl.where(m_queries, tl.exp2(s * scale_log2 - _along_queries(lse, TRANSPOSED)), 0.0)
         if KEEP != KEEP_ALL:
             samples = first_row + start + rows
@@ -447,7 +448,10 @@ def forward_packed(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉. ALIKE: q, k and v share their strides, N = M."""
+    """``slots`` whole groups in one tile: o. Grid: ⌈groups / slots⌉.
+
+    ALIKE: q, k and v share shape and strides, so that places are computed once, and queries have the keys' positions.
+    """
     NC: tl.constexpr = (D + BD - 1) // BD
     if ALIKE:
         M, s_kn, s_kl, s_kh, s_vn, s_vl, s_vh = N, s_qn, s_ql, s_qh, s_qn, s_ql, s_qh
@@ -495,9 +499,9 @@ def backward_packed(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid and ALIKE as forward_packed's.
+    """``slots`` whole groups in one tile: dq, dk and dv from q, k, v and do alone. Grid: ⌈groups / slots⌉.
 
-    ALIKE says the same of the gradients' strides.
+    ALIKE: as in forward_packed, and so do dq, dk and dv.
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     if ALIKE:
@@ -576,7 +580,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether shapes and strides are those of q, as where one tensor holds all three."""
+    """Whether all three share shape and strides, as where one tensor holds them."""
     return q.shape == k.shape and _strides(q) == _strides(k) == _strides(v)
 
 

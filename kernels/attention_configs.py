@@ -11,6 +11,7 @@ with fewer than 64 queries, 64 keys or more and two stages or more (docs/triton-
 Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: both packed kernels of 80 and
 90; forward_streaming of 80 for 128 and 256, and of 90 for 384, 512 and few rows of 256; backward_query of 80 for 64,
 256 and 512, and of 90 for 256 and 512; backward_key_value of 80, and of 90 for 512 and few keys of 96.
+In fp32 backward_key_value of 80 for 128.
 """
 
 from __future__ import annotations

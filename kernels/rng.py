@@ -48,8 +48,9 @@ def _bits(seed, group, rows, start, BN: tl.constexpr):
         word = tl.where(columns >= 64, tl.where(columns >= 96, w3[:, None], w2[:, None]), word)
     if BN == 16:
         word >>= (start % 32).to(tl.uint32)
+    # The columns of a thread are 2t plus constants: one shift for all of them, then one that is known when compiling.
     columns = (columns % 32).to(tl.uint32)
-    return ((word >> (columns & 6)) >> (columns & 25)) & 1  # by 2t, the thread's, then by what compilers know
+    return ((word >> (columns & 6)) >> (columns & 25)) & 1
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def mask_tile(seed, group, rows, start, threshold, keep_scale, BN: tl.constexpr,
         rows: [BM] int32, the queries.
         start: the first key, a multiple of BN; 16 ≤ BN ≤ 128.
         threshold: of 65,536, how many values of 16 bits mean "drop" (used by KEEP_HALVES).
-        keep_scale: fp32, 65,536 / (65,536 - threshold).
+        keep_scale: fp32, 65,536 / (65,536 - threshold), and 0 where the threshold is 65,536.
     """
     if KEEP == KEEP_BITS:
         return _two_or_zero(_bits(seed, group, rows, start, BN))

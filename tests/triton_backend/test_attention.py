@@ -213,6 +213,31 @@ def test_same_seed_same_bits_and_nothing_overwritten(n):
     assert all(torch.equal(a, b) for a, b in zip((q, k, v, grad), before, strict=True))
 
 
+def test_packed_tiles_share_places_where_strides_are_alike_with_the_same_bits(monkeypatch):
+    """Of one tensor for q, k and v, and of k and v apart; a layer's are one tensor."""
+    alike, launch = [], kernels.launch
+
+    def noting(*args):
+        alike.append(args[-1]["ALIKE"])
+        launch(*args)
+
+    monkeypatch.setattr(kernels, "launch", noting)
+    one = torch.randn(3, 5, 6, 16, device=DEVICE)
+    together = [t.detach().requires_grad_() for t in one.split(2, dim=2)]
+    grad = torch.randn(3, 5, 2, 16, device=DEVICE)
+    found = []
+    for tensors in (together, [together[0], *(t.detach().clone().requires_grad_() for t in together[1:])]):
+        call = lambda *t: batch_attention(*t, dropout_p=0.1, seed=SEED, backend="triton")  # noqa: E731
+        found.append(results(call, tensors, grad))
+    assert alike == [True, True, False, False]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    alike.clear()
+    layer = fastbf.BatchFormerLayer(32, 2, 32, backend="triton", device=DEVICE)
+    layer(torch.randn(3, 5, 32, device=DEVICE)).sum().backward()
+    assert alike == [True, True]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize(("n", "config"), [(3, None), (40, None), *((40, config) for config in SPREAD)])
