@@ -161,7 +161,8 @@ def forward_streaming(
     position, head = group // H, group % H
     kv_position = position - first_group // H
     group = group.to(tl.int64)
-    rows = program % tiles * BM + tl.arange(0, BM)
+    first = program % tiles * BM
+    rows = first + tl.arange(0, BM)
     samples = first_row + rows
     keys = tl.arange(0, BN)
     m_rows = rows < N
@@ -208,12 +209,12 @@ def forward_streaming(
         b_k += BN * _stride(s_kn)
         b_v += BN * _stride(s_vn)
 
-    rows = samples + minus_first_row
+    rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
     m_rows = rows < N
     b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
+    tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
     for c in tl.static_range(NC):
         _store(b_o, acc[c] * (1.0 / total)[:, None], m_rows, c, D, BD)
-    tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -231,14 +232,19 @@ def backward_query(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, NEEDS_DQ: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BM queries of one group: delta = rowsum(do ∘ o), and dq if NEEDS_DQ. Grid as forward_streaming's."""
+    """A tile of BM queries of one group: delta = rowsum(do ∘ o), and dq if NEEDS_DQ. Grid as forward_streaming's.
+
+    Gradients of scores are LATE as weights are there: they meet their keys a step after, when these are loaded again.
+    """
     NC: tl.constexpr = (D + BD - 1) // BD
+    LATE: tl.constexpr = BD == 512
     program = tl.program_id(0)
     group = first_group + program // tiles
     position, head = group // H, group % H
     kv_position = position - first_group // H
     group = group.to(tl.int64)
-    rows = program % tiles * BM + tl.arange(0, BM)
+    first = program % tiles * BM
+    rows = first + tl.arange(0, BM)
     samples = first_row + rows
     keys = tl.arange(0, BN)
     m_rows = rows < N
@@ -263,7 +269,9 @@ def backward_query(
             q = _load_all(b_q, m_rows, D, BD, NC)
         lse = tl.load(p_lse + group * N + rows, mask=m_rows, other=0.0)
         dq = _zeros(BM, BD, NC)
-        for start in range(0, M, BN):
+        if LATE:
+            ds = tl.zeros((BM, BN), p_q.dtype.element_ty)
+        for start in range(0, M + BN if LATE else M, BN):
             m_keys = keys < M - start
             past_end = tl.where(m_keys, 0.0, float("-inf"))
             s = tl.zeros((BM, BN), tl.float32)
@@ -279,19 +287,24 @@ def backward_query(
                 for c in tl.static_range(NC):
                     v = _load(b_v, m_keys, c, D, BD)
                     dp = _dot_chunk(do[c], tl.trans(v), dp, PRECISION)
+            if LATE:
+                before = start - BN + keys
+                k_before = _load(b_k - BN * _stride(s_kn), (before >= 0) & (before < M), 0, D, BD)
+                dq = (tl.dot(ds, k_before, dq[0], input_precision=PRECISION),)
             p = tl.exp2(s * scale_log2 + (past_end[None, :] - lse[:, None]))  # [BM, BN]
             if KEEP != KEEP_ALL:
                 dp *= mask_tile(seed, group, samples, first_key + start, threshold, keep_scale, BN, KEEP)
             ds = (p * (dp - delta[:, None])).to(p_q.dtype.element_ty)
-            new_dq = ()
-            for c in tl.static_range(NC):
-                k_c = _load(b_k, m_keys, c, D, BD) if RELOAD else k[c]
-                new_dq += (tl.dot(ds, k_c, dq[c], input_precision=PRECISION),)
-            dq = new_dq
+            if not LATE:
+                new_dq = ()
+                for c in tl.static_range(NC):
+                    k_c = _load(b_k, m_keys, c, D, BD) if RELOAD else k[c]
+                    new_dq += (tl.dot(ds, k_c, dq[c], input_precision=PRECISION),)
+                dq = new_dq
             b_k += BN * _stride(s_kn)
             b_v += BN * _stride(s_vn)
 
-        rows = samples + minus_first_row
+        rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
         m_rows = rows < N
         b_dq = p_dq + _base(position, head, s_dql, s_dqh) + _rows(rows, s_dqn, BD)
         for c in tl.static_range(NC):
@@ -394,9 +407,8 @@ def backward_key_value(
         b_q += BM * _stride(s_qn)
         b_do += BM * _stride(s_don)
 
-    if TRANSPOSED:  # computed anew, what is stored where takes no registers in the loop
-        keys += first_row + minus_first_row
-        m_keys = keys < M
+    keys = (first_row + first + minus_first_row) + tl.arange(0, BN)
+    m_keys = keys < M
     o_dk = _base(kv_position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
     for c in tl.static_range(NC):
         if NEEDS_DK:

@@ -6,8 +6,9 @@ bits each (a call serves 8 columns).
 
 The layout is chosen to be cheap. In the result tile of a tensor-core product a thread holds columns 2t and 2t + 1 of
 every eight, where t is its place among the four threads of a row. A call for 16-bit decisions serves exactly those
-columns of 32, so that each thread draws what it needs, once, in registers. A call for bits serves all four threads of
-a row. Each of them draws it, which still costs less than one instruction an element.
+columns of 32, so that each thread draws what it needs, once, in registers. A call for bits serves all threads of a row.
+In a wide tile each of them draws it, which costs less than one instruction an element. Where a tile is narrow, or so
+low that several warps hold each row, one thread draws it for all.
 """
 
 import triton
@@ -32,6 +33,25 @@ def _words(seed, site, group, row, call):
 
 
 @triton.jit
+def _drawn_once(words):
+    """Words [BM] or [BM, CALLS], which one thread draws and gives to all that hold elements of the row.
+
+    The compiler would let each of them draw, but it repeats nothing that a gather takes.
+    """
+    rows = tl.arange(0, words.shape[0])
+    if len(words.shape) == 2:
+        rows = tl.broadcast_to(rows[:, None], words.shape)
+    return tl.gather(words, rows, 0)
+
+
+@triton.jit
+def _two_drawn_once(a, b):
+    """Two words of each row, as :func:`_drawn_once`, by one gather."""
+    two = _drawn_once(a.to(tl.uint64) | b.to(tl.uint64) << 32)
+    return two.to(tl.uint32), (two >> 32).to(tl.uint32)
+
+
+@triton.jit
 def _bits(seed, group, rows, start, BN: tl.constexpr):
     """rows [BM] → [BM, BN], 1 where kept: columns start … start + BN - 1, start a multiple of BN, BN ≤ 128."""
     columns = tl.arange(0, BN)[None, :]
@@ -40,7 +60,10 @@ def _bits(seed, group, rows, start, BN: tl.constexpr):
         upper = start % 128 >= 64
         w0, w1 = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
     if BN <= 32:
-        w0 = tl.where(start % 64 >= 32, w1, w0)
+        w0 = _drawn_once(tl.where(start % 64 >= 32, w1, w0))
+    elif BN == 64 or rows.shape[0] <= 32:
+        w0, w1 = _two_drawn_once(w0, w1)
+        w2, w3 = _two_drawn_once(w2, w3)
     word = w0[:, None]
     if BN >= 64:
         word = tl.where(columns >= 32, w1[:, None], word)
@@ -55,20 +78,31 @@ def _bits(seed, group, rows, start, BN: tl.constexpr):
 
 @triton.jit
 def _halves(seed, group, rows, start, BN: tl.constexpr):
-    """rows [BM] → [BM, BN], words whose upper 16 bits are random: columns start … start + BN - 1, a multiple of BN."""
-    BM: tl.constexpr = rows.shape[0]
+    """rows [BM] → [BM, BN], words whose upper 16 bits are random: columns start … start + BN - 1, a multiple of BN.
+
+    No tensors are joined: what a product takes would then leave registers and come back in other threads.
+    """
     CALLS: tl.constexpr = 4 if BN == 16 else BN // 8
     calls = start // 32 * 4 + tl.arange(0, CALLS)
     w0, w1, w2, w3 = _words(seed, ATTENTION, group, rows[:, None], calls[None, :])  # [BM, CALLS]
+    if rows.shape[0] <= 32 and BN > 32:
+        w0, w1, w2, w3 = _drawn_once(w0), _drawn_once(w1), _drawn_once(w2), _drawn_once(w3)
+    w0, w1, w2, w3 = _by_column(w0, BN), _by_column(w1, BN), _by_column(w2, BN), _by_column(w3, BN)
+    columns = tl.arange(0, BN)[None, :]
+    eight = columns // 8 % 4  # of the 32 columns that four calls serve: which word decides
     if BN == 16:
-        lower = start % 32 == 0
-        words = tl.join(tl.where(lower, w0, w2), tl.where(lower, w1, w3))  # [BM, 4, 2]
-        eights: tl.constexpr = 2
-    else:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BM, CALLS, 2, 2], the four words in their order
-        eights: tl.constexpr = 4
-    halves = tl.reshape(_upper_halves(words), (BM, CALLS // 4, 4, eights, 2))
-    return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (BM, BN))
+        eight += start % 32 // 8
+    word = tl.where(eight < 2, tl.where(eight == 0, w0, w1), tl.where(eight == 2, w2, w3))
+    return tl.where(columns % 2 == 0, word << 16, word)
+
+
+@triton.jit
+def _by_column(words, BN: tl.constexpr):
+    """[BM, CALLS] → [BM, BN]: at each column the word of the call that serves it."""
+    BM: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = words.shape[1] // 4  # of 32 columns
+    words = tl.reshape(words, (BM, GROUPS, 1, 4, 1))
+    return tl.reshape(tl.broadcast_to(words, (BM, GROUPS, BN // 8 // GROUPS, 4, 2)), (BM, BN))
 
 
 @triton.jit
@@ -104,6 +138,7 @@ def mask_each(seed, groups, rows, columns, threshold, keep_scale, KEEP: tl.const
     """
     if KEEP == KEEP_BITS:
         word, _w1, _w2, _w3 = _words(seed, ATTENTION, groups, rows, rows * 0)
+        word = _drawn_once(word)
     else:
         drop = _drop(threshold)
         quarter = tl.arange(0, 4)[None, :]
