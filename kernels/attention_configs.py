@@ -9,9 +9,9 @@ registers, more shared memory than there is, and unguarded asynchronous work: on
 with fewer than 64 queries, 64 keys or more and two stages or more (docs/triton-wgmma.md).
 
 Chosen by counts, not timed on a GPU (``python -m bench tiles --counted``), in 16 bits: both packed kernels of 80 and
-90; forward_streaming of 80 for 128 and 256, and of 90 for 384, 512 and few rows of 256; backward_query of 80 for 64,
-256 and 512, and of 90 for 256 and 512; backward_key_value of 80, and of 90 for 512 and few keys of 96.
-In fp32 backward_key_value of 80 for 128.
+90; forward_streaming of 80 from 64 on, and of 90 for 32, 384, 512 and few rows of 256; backward_query of 80, and of 90
+for 32, 64, 256 and 512; backward_key_value of 80, and of 90 for 32, 64, 512 and few keys of 96. In fp32
+backward_key_value of 80 for 128.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Config(NamedTuple):
 TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("forward_streaming", 2, 80): {
         32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
-        128: (Config(128, 32, 64, 8, 2), Config(64, 16, 64, 4, 2), Config(16, 128, 128, 4, 2)),
+        64: (Config(128, 32, 64, 4, 3), Config(64, 32, 64, 2, 2), Config(16, 128, 64, 4, 3)),
+        128: (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2), Config(16, 128, 128, 4, 2)),
         256: (Config(128, 16, 128, 8, 2), Config(64, 16, 64, 4, 2), Config(16, 64, 128, 4, 2)),
-        512: (Config(32, 32, 256, 8, 2), Config(16, 32, 256, 4, 2)),
+        512: (Config(32, 32, 64, 4, 2), Config(16, 32, 256, 4, 2)),
     },
     ("forward_streaming", 2, 90): {
-        32: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 64, 32, 4, 3)),
+        32: (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 2), Config(16, 64, 32, 4, 3)),
         64: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(128, 64, 128, 8, 2), Config(16, 64, 128, 4, 2)),
@@ -76,24 +76,24 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
         512: (Config(32, 16, 64, 8, 2),),
     },
     ("backward_query", 2, 80): {
-        32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(64, 32, 64, 4, 2), Config(16, 128, 64, 4, 2)),
-        128: (Config(64, 64, 128, 8, 2), Config(16, 128, 128, 4, 2)),
-        256: (Config(32, 32, 128, 4, 2), Config(16, 64, 128, 8, 2)),
+        32: (Config(128, 32, 32, 4, 3), Config(64, 64, 32, 2, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 32, 64, 4, 3), Config(64, 32, 64, 2, 2), Config(16, 128, 64, 4, 2)),
+        128: (Config(128, 32, 64, 8, 2), Config(64, 32, 64, 4, 2), Config(16, 128, 128, 4, 2)),
+        256: (Config(64, 16, 64, 4, 2), Config(16, 64, 128, 8, 2)),
         512: (Config(16, 32, 128, 4, 2),),
     },
     ("backward_query", 2, 90): {
-        32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
+        32: (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
+        64: (Config(128, 32, 64, 4, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
         256: (Config(64, 32, 64, 4, 2), Config(16, 64, 128, 8, 2)),
-        512: (Config(32, 64, 256, 8, 2), Config(16, 64, 128, 8, 2)),
+        512: (Config(64, 16, 512, 8, 2), Config(32, 64, 256, 8, 2), Config(16, 64, 128, 8, 2)),
     },
     ("backward_query", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 2), Config(16, 128, 32, 4, 3)),
         64: (Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 2), Config(16, 128, 64, 4, 3)),
         128: (Config(128, 64, 128, 8, 3), Config(64, 64, 128, 4, 2), Config(16, 128, 128, 4, 3)),
-        256: (Config(32, 32, 128, 8, 2), Config(16, 64, 128, 8, 2)),
+        256: (Config(32, 32, 256, 8, 2), Config(16, 64, 128, 8, 2)),
         512: (Config(32, 64, 256, 8, 2), Config(16, 32, 256, 8, 2)),
     },
     ("backward_query", 4, 80): {
@@ -111,36 +111,36 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     ("backward_query", 4, 100): {
         64: (Config(32, 32, 64, 4, 2),),
         128: (Config(32, 32, 64, 4, 2),),
-        256: (Config(32, 16, 64, 8, 2),),
+        256: (Config(32, 16, 128, 8, 2),),
         512: (Config(32, 16, 256, 16, 2),),
     },
     ("backward_key_value", 2, 80): {
-        32: (Config(64, 64, 32, 4, 3), Config(64, 16, 32, 2, 3)),
-        64: (Config(64, 32, 64, 4, 2), Config(64, 16, 64, 2, 3)),
-        128: (Config(32, 64, 128, 8, 3), Config(32, 16, 128, 2, 2)),
+        32: (Config(32, 64, 32, 2, 3), Config(64, 16, 32, 2, 3)),
+        64: (Config(64, 32, 64, 2, 2), Config(64, 16, 64, 2, 3)),
+        128: (Config(16, 64, 128, 4, 2), Config(32, 16, 128, 2, 2)),
         256: (Config(16, 64, 128, 8, 2), Config(32, 16, 128, 4, 2)),
-        512: (Config(16, 16, 128, 4, 2),),
+        512: (Config(32, 16, 32, 4, 2),),
     },
     # For 65 to 256 channels the first tiles have the least counted cost of those that are safe and spill nothing.
     ("backward_key_value", 2, 90): {
-        32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
+        32: (Config(64, 64, 32, 4, 3), Config(128, 16, 32, 4, 3)),
+        64: (Config(64, 64, 64, 4, 2), Config(128, 16, 64, 4, 3)),
         96: (Config(128, 64, 32, 8, 2), Config(64, 16, 32, 4, 2)),
         128: (Config(128, 64, 32, 8, 1), Config(128, 16, 128, 8, 3)),
         256: (Config(32, 64, 32, 8, 1), Config(128, 16, 128, 8, 2)),
-        512: (Config(64, 16, 128, 8, 2),),
+        512: (Config(64, 32, 256, 8, 2), Config(64, 16, 128, 8, 2)),
     },
     ("backward_key_value", 2, 100): {
         32: (Config(128, 64, 32, 8, 3), Config(128, 16, 32, 4, 3)),
-        64: (Config(128, 64, 64, 8, 3), Config(128, 16, 64, 4, 3)),
-        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 128, 8, 3)),
+        64: (Config(128, 64, 64, 8, 3), Config(64, 16, 64, 4, 3)),
+        128: (Config(32, 64, 128, 8, 3), Config(128, 16, 64, 8, 3)),
         256: (Config(32, 64, 128, 8, 2), Config(32, 16, 128, 4, 2)),
         512: (Config(16, 32, 256, 8, 2), Config(32, 16, 256, 8, 2)),
     },
     ("backward_key_value", 4, 80): {
         64: (Config(32, 16, 64, 4, 2),),
         128: (Config(16, 16, 128, 4, 2),),
-        256: (Config(16, 16, 128, 4, 3),),
+        256: (Config(16, 16, 64, 4, 3),),
         512: (Config(16, 16, 128, 8, 2, True),),
     },
     ("backward_key_value", 4, 90): {
