@@ -149,8 +149,8 @@ def forward_streaming(
 ):  # fmt: skip
     """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉.
 
-    With a chunk of 512 channels weights are LATE: they meet their values a step after their keys, and the loop has a
-    step more. So neither product of a step takes the other's result, and on Hopper Triton spreads the warps over rows
+    With a chunk of 512 channels weights are LATE: they meet their values a step after their keys, and the last ones after
+    the loop. So neither product of a step takes the other's result, and on Hopper Triton spreads the warps over rows
     and columns of both. It spreads them over rows alone where one takes the other's, and of eight warps every two would
     compute the same 64 rows of scores.
     """
@@ -178,7 +178,7 @@ def forward_streaming(
     if LATE:
         p = tl.zeros((BM, BN), p_v.dtype.element_ty)
         b_v -= BN * _stride(s_vn)
-    for start in range(0, M + BN if LATE else M, BN):
+    for start in range(0, M, BN):
         m_keys = keys < M - start
         past_end = tl.where(m_keys, 0.0, float("-inf"))
         s = tl.zeros((BM, BN), tl.float32)
@@ -186,8 +186,7 @@ def forward_streaming(
             k = _load(b_k, m_keys, c, D, BD)
             s = _dot_chunk(q[c], tl.trans(k), s, PRECISION)
         if LATE:
-            before = start - BN + keys
-            v = _load(b_v, (before >= 0) & (before < M), 0, D, BD)
+            v = _load(b_v, keys >= BN - start, 0, D, BD)  # nothing in the first step
             acc = (tl.dot(p, v, acc[0], input_precision=PRECISION),)
         s = s * scale_log2 + past_end[None, :]  # [BM, BN]
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
@@ -208,6 +207,11 @@ def forward_streaming(
             acc = new_acc
         b_k += BN * _stride(s_kn)
         b_v += BN * _stride(s_vn)
+    if LATE:
+        keys = (M - 1) // BN * BN + tl.arange(0, BN)
+        b_v = p_v + _base(kv_position, head, s_vl, s_vh) + _rows(keys, s_vn, BD)
+        v = _load(b_v, keys < M, 0, D, BD)
+        acc = (tl.dot(p, v, acc[0], input_precision=PRECISION),)
 
     rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
     m_rows = rows < N
@@ -234,7 +238,7 @@ def backward_query(
 ):  # fmt: skip
     """A tile of BM queries of one group: delta = rowsum(do ∘ o), and dq if NEEDS_DQ. Grid as forward_streaming's.
 
-    Gradients of scores are LATE as weights are there: they meet their keys a step after, when these are loaded again.
+    Gradients of scores are LATE as weights are there: they meet their keys a step after, which are loaded again.
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     LATE: tl.constexpr = BD == 512
@@ -271,7 +275,7 @@ def backward_query(
         dq = _zeros(BM, BD, NC)
         if LATE:
             ds = tl.zeros((BM, BN), p_q.dtype.element_ty)
-        for start in range(0, M + BN if LATE else M, BN):
+        for start in range(0, M, BN):
             m_keys = keys < M - start
             past_end = tl.where(m_keys, 0.0, float("-inf"))
             s = tl.zeros((BM, BN), tl.float32)
@@ -288,8 +292,7 @@ def backward_query(
                     v = _load(b_v, m_keys, c, D, BD)
                     dp = _dot_chunk(do[c], tl.trans(v), dp, PRECISION)
             if LATE:
-                before = start - BN + keys
-                k_before = _load(b_k - BN * _stride(s_kn), (before >= 0) & (before < M), 0, D, BD)
+                k_before = _load(b_k - BN * _stride(s_kn), keys >= BN - start, 0, D, BD)  # nothing in the first step
                 dq = (tl.dot(ds, k_before, dq[0], input_precision=PRECISION),)
             p = tl.exp2(s * scale_log2 + (past_end[None, :] - lse[:, None]))  # [BM, BN]
             if KEEP != KEEP_ALL:
@@ -303,6 +306,10 @@ def backward_query(
                 dq = new_dq
             b_k += BN * _stride(s_kn)
             b_v += BN * _stride(s_vn)
+        if LATE:
+            keys = (M - 1) // BN * BN + tl.arange(0, BN)
+            b_k = p_k + _base(kv_position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
+            dq = (tl.dot(ds, _load(b_k, keys < M, 0, D, BD), dq[0], input_precision=PRECISION),)
 
         rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
         m_rows = rows < N
