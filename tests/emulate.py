@@ -3,17 +3,25 @@
 Runs the quick suite of the emulator (``../shared/ptx``: its README says what it reports) for sm_80 and sm_90, a part of
 the cases in each process; with ``--split`` each case for one of the two. The suite reaches inside fastbf through
 ``tests/emulation.py``. Prints every case; the exit status is 0 if nothing is wrong, and where there is no emulator.
+
+The suite's limits are wide for gradients of queries and keys: at 512 channels a fifth of the keys may be missing. So
+their errors are held against PyTorch's own here as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
+#: How many times the error of PyTorch's operators in the same dtype ours may be. It is at most 1.25 in attention.
+MOST = 2.0
 
 
 def main() -> int:
@@ -39,11 +47,26 @@ def run(emulator: Path, suite: list[str], parts: list[tuple[int, str]]) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(emulator.resolve())}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-u", "-m", "ptx", *suite]
-    running = [
-        subprocess.Popen([*command, "--sm", str(sm), "--part", part], cwd=ROOT, env=environment) for sm, part in parts
-    ]
-    codes = [process.wait() for process in running]
-    return not any(codes)
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{i}.jsonl" for i in range(len(parts))]
+        running = [
+            subprocess.Popen([*command, "--sm", str(sm), "--part", part, "--log", log], cwd=ROOT, env=environment)
+            for (sm, part), log in zip(parts, logs, strict=True)
+        ]
+        codes = [process.wait() for process in running]
+        worse = [line for log in logs for line in _worse_than_eager(log)]
+    print(*worse, sep="\n", end="\n" if worse else "")
+    return not any(codes) and not worse
+
+
+def _worse_than_eager(log: Path) -> Iterator[str]:
+    """A line for each gradient of queries or keys whose error is too many times that of PyTorch's operators."""
+    for case in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        for result in case["outcomes"]:
+            if result["name"] in ("dq", "dk") and result["error"] > MOST * result["eager"]:
+                ratio = result["error"] / (result["eager"] or 1e-30)
+                where = f"sm_{case['sm']} {case['group']} {case['name']}: {result['name']}"
+                yield f"FAIL {where} has {ratio:.2f} times the error of PyTorch's operators"
 
 
 if __name__ == "__main__":
