@@ -213,7 +213,7 @@ def forward_streaming(
         v = _load(b_v, keys < M, 0, D, BD)
         acc = (tl.dot(p, v, acc[0], input_precision=PRECISION),)
 
-    rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
+    rows = (first_row + first + minus_first_row) + tl.arange(0, BM)  # anew: no register holds them meanwhile
     m_rows = rows < N
     b_o = p_o + _base(position, head, s_ol, s_oh) + _rows(rows, s_on, BD)
     tl.store(p_lse + group * N + rows, maximum + tl.log2(total), mask=m_rows)
@@ -311,7 +311,7 @@ def backward_query(
             b_k = p_k + _base(kv_position, head, s_kl, s_kh) + _rows(keys, s_kn, BD)
             dq = (tl.dot(ds, _load(b_k, keys < M, 0, D, BD), dq[0], input_precision=PRECISION),)
 
-        rows = (first_row + first + minus_first_row) + tl.arange(0, BM)
+        rows = (first_row + first + minus_first_row) + tl.arange(0, BM)  # anew, as in forward
         m_rows = rows < N
         b_dq = p_dq + _base(position, head, s_dql, s_dqh) + _rows(rows, s_dqn, BD)
         for c in tl.static_range(NC):
@@ -414,7 +414,7 @@ def backward_key_value(
         b_q += BM * _stride(s_qn)
         b_do += BM * _stride(s_don)
 
-    keys = (first_row + first + minus_first_row) + tl.arange(0, BN)
+    keys = (first_row + first + minus_first_row) + tl.arange(0, BN)  # anew, as in forward
     m_keys = keys < M
     o_dk = _base(kv_position, head, s_dkl, s_dkh) + _rows(keys, s_dkn, BD)
     for c in tl.static_range(NC):
