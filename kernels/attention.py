@@ -149,10 +149,10 @@ def forward_streaming(
 ):  # fmt: skip
     """A tile of BM queries of one group: o and lse. Grid: groups · tiles, tiles = ⌈N / BM⌉.
 
-    With a chunk of 512 channels weights are LATE: they meet their values a step after their keys, and the last ones after
-    the loop. So neither product of a step takes the other's result, and on Hopper Triton spreads the warps over rows
-    and columns of both. It spreads them over rows alone where one takes the other's, and of eight warps every two would
-    compute the same 64 rows of scores.
+    With a chunk of 512 channels weights are LATE: they meet their values a step after their keys, and the last ones
+    after the loop. So neither product of a step takes the other's result, and on Hopper Triton spreads the warps over
+    rows and columns of both. It spreads them over rows alone where one takes the other's, and of eight warps every two
+    would compute the same 64 rows of scores.
     """
     NC: tl.constexpr = (D + BD - 1) // BD
     LATE: tl.constexpr = BD == 512
