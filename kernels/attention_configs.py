@@ -151,9 +151,9 @@ TABLE: dict[tuple[str, int, int], dict[int, tuple[Config, ...]]] = {
     },
     ("backward_key_value", 4, 100): {
         64: (Config(16, 32, 64, 8, 2),),
-        128: (Config(16, 16, 64, 8, 2),),
+        128: (Config(16, 16, 64, 4, 2),),
         256: (Config(16, 32, 64, 8, 2),),
-        512: (Config(16, 16, 128, 8, 2, True),),
+        512: (Config(16, 16, 64, 8, 2, True),),
     },
     ("forward_packed", 2, 80): {
         32: (Config(32, 32, 32, 1, 1),),
