@@ -61,7 +61,7 @@ def run(emulator: Path, suite: list[str], parts: list[tuple[int, str]]) -> bool:
 
 def _worse_than_eager(log: Path) -> Iterator[str]:
     """A line for each gradient of queries or keys whose error is too many times that of PyTorch's operators."""
-    for case in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+    for case in map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ()):
         for result in case["outcomes"]:
             if result["name"] in ("dq", "dk") and result["error"] > MOST * result["eager"]:
                 ratio = result["error"] / (result["eager"] or 1e-30)
