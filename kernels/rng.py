@@ -85,7 +85,7 @@ def _halves(seed, group, rows, start, BN: tl.constexpr):
     CALLS: tl.constexpr = 4 if BN == 16 else BN // 8
     calls = start // 32 * 4 + tl.arange(0, CALLS)
     w0, w1, w2, w3 = _words(seed, ATTENTION, group, rows[:, None], calls[None, :])  # [BM, CALLS]
-    if rows.shape[0] <= 32 and BN > 32:
+    if rows.shape[0] <= 32 and BN > 32:  # 32 by 32 at 512 channels lacks the shared memory
         w0, w1, w2, w3 = _drawn_once(w0), _drawn_once(w1), _drawn_once(w2), _drawn_once(w3)
     w0, w1, w2, w3 = _by_column(w0, BN), _by_column(w1, BN), _by_column(w2, BN), _by_column(w3, BN)
     columns = tl.arange(0, BN)[None, :]

@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-#: How many times the error of PyTorch's operators in the same dtype ours may be. It is at most 1.25 in attention.
+#: How many times the error of PyTorch's operators in the same dtype ours may be. In entries of the table it is at most
+#: 1.25 times that.
 MOST = 2.0
 
 
